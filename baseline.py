@@ -155,7 +155,8 @@ def parse_options(parser):
 
 
 def log(message):
-    print(message, flush=True)
+    tqdm.write(message)  # above the bar, where there is one
+    sys.stdout.flush()
 
 
 def host_name():
@@ -433,17 +434,26 @@ def synchronize(device):
 
 
 def forward(model, inputs, options, device):
-    """Return the model's output for a pass; its loss is the mean over features of start's and end's cross-entropy."""
+    """Return (loss, start_logits, end_logits) of a pass; logits: [n, length].
+
+    The loss is the mean over the features of start's and end's cross-entropy over the tokens that are not padding.
+    The model's own loss counts padding: a feature's loss would depend on the longest one beside it, so on world_size.
+    """
     inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
+    positions = [inputs.pop("start_positions"), inputs.pop("end_positions")]
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.precision == "bf16"):
-        return model(**inputs)
+        output = model(**inputs)
+    padding = inputs["attention_mask"] == 0
+    logits = [logits.float().masked_fill(padding, -math.inf) for logits in (output.start_logits, output.end_logits)]
+    return sum(map(torch.nn.functional.cross_entropy, logits, positions)) / 2, *logits
 
 
 def backward(model, passes, batch_size, options, device):
     """Add up the gradient of the global batch's mean loss, pass by pass; return that loss, still on the device."""
     batch_loss = torch.zeros((), device=device)
     for inputs in passes:
-        loss = forward(model, inputs, options, device).loss * (len(inputs["input_ids"]) / batch_size)
+        loss, *_ = forward(model, inputs, options, device)
+        loss = loss * (len(inputs["input_ids"]) / batch_size)
         loss.backward()
         batch_loss += loss.detach()
     return batch_loss
@@ -517,9 +527,9 @@ def best_spans(start_logits, end_logits, in_context):
     All arguments are [n, length]. The best has the largest start + end logit of all spans in the context of at most
     MAX_ANSWER_TOKENS: every pair is looked at, so nothing is missed as by lists of the n best. Null score: [CLS]'s.
     """
-    null_score = (start_logits[:, 0] + end_logits[:, 0]).float()
-    starts = start_logits.float().masked_fill(~in_context, -math.inf)
-    ends = end_logits.float().masked_fill(~in_context, -math.inf)
+    null_score = start_logits[:, 0] + end_logits[:, 0]
+    starts = start_logits.masked_fill(~in_context, -math.inf)
+    ends = end_logits.masked_fill(~in_context, -math.inf)
     length, score = starts.shape[1], torch.full_like(null_score, -math.inf)
     start = end = torch.zeros_like(score)
     for extra in range(min(MAX_ANSWER_TOKENS, length)):
@@ -539,11 +549,11 @@ def predict(model, features, indices, options, device):
     batches = [indices[by_length[first : first + size]] for first in range(0, len(indices), size)]
     loss_sum, spans = torch.zeros((), device=device), [torch.zeros((0, 4), device=device)]
     for (inputs,) in load_passes(batches, features, options, device):
-        output = forward(model, inputs, options, device)
-        loss_sum += output.loss * len(inputs["input_ids"])
+        loss, start_logits, end_logits = forward(model, inputs, options, device)
+        loss_sum += loss * len(inputs["input_ids"])
         not_last = torch.nn.functional.pad(inputs["attention_mask"][:, 1:], (0, 1))  # the last token is [SEP]
         in_context = (inputs["token_type_ids"] * not_last).bool().to(device)
-        spans.append(best_spans(output.start_logits, output.end_logits, in_context))
+        spans.append(best_spans(start_logits, end_logits, in_context))
     return loss_sum.item(), torch.cat(spans).cpu().numpy()[np.argsort(by_length)]
 
 
@@ -675,7 +685,7 @@ def describe_environment(device, hosts):
     }
 
 
-def make_record(options, model, device, started, data, trained, seconds, input_seconds, quality):
+def make_record(options, model, device, started, data, trained, seconds, input_median, quality):
     """Return the timing record; `trained` are the token counts of the features of each global batch."""
     workers, hosts, seconds, peak_bytes = gather_workers(seconds, peak_memory(device))
     environment = describe_environment(device, hosts)
@@ -702,7 +712,7 @@ def make_record(options, model, device, started, data, trained, seconds, input_s
         },
         "environment": environment,
         "seconds": seconds,
-        "step": {"compute": None, "communication": None, "input": np.median(input_seconds).item(), "warm_up_steps": None},
+        "step": {"compute": None, "communication": None, "input": input_median, "warm_up_steps": None},
         "throughput": {
             "features_per_s": features / seconds["train"],
             "tokens_per_s": tokens / seconds["train"],
@@ -755,13 +765,10 @@ def main():
         evaluate_start = time.perf_counter()
         quality, answers = evaluate(model, dev_questions, dev_features, options, device)
         evaluate_seconds += time.perf_counter() - evaluate_start
-        write_scalars(
-            writer, len(losses), {f"dev/{name}": value for name, value in quality.items() if value is not None}
-        )
-        log(
-            f"after {len(losses)} steps: "
-            + "  ".join(f"{name} {quality[name]:.3f}" for name in ("dev_loss", "exact", "f1"))
-        )
+        shown = {name: value for name, value in quality.items() if value is not None}
+        write_scalars(writer, len(losses), {f"dev/{name}": value for name, value in shown.items()})
+        log(f"after {len(losses)} steps: dev loss {quality['dev_loss']:.3f}, EM {quality['exact']:.2f}, "
+            f"F1 {quality['f1']:.2f}, best F1 {quality['best_f1']:.2f}")  # fmt: skip
     bar.close()
     writer.close()
     seconds = {
@@ -770,13 +777,13 @@ def main():
         "train": sum(train_epochs),
         "train_epochs": train_epochs,
         "evaluate": evaluate_seconds,
-        "total": None,  # known at the end
+        "total": 0.0,  # known at the end
         "median": float(np.median(step_seconds)),
         "p95": float(np.percentile(step_seconds, 95)),
     }
     quality = {"train_loss": float(np.mean(losses[-len(batches) :]))} | quality
     trained = [lengths[batch] for epoch in epochs for batch in epoch][:steps]
-    record = make_record(options, model, device, started, data, trained, seconds, input_seconds, quality)
+    record = make_record(options, model, device, started, data, trained, seconds, np.median(input_seconds), quality)
     model_directory = Path(options.checkpoints) / options.run / "model"
     model.save_pretrained(model_directory)
     tokenizer.save_pretrained(model_directory)

