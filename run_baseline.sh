@@ -65,5 +65,5 @@ if [[ -n ${SLURM_JOB_ID:-} ]]; then
         "hosts $(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste --serial --delimiters=' ')"
 fi
 
-# run_ddp.sh names its own script, for what one process does. exec: signals and the exit status are Python's own.
+# run_ddp.sh names its own script, to report. exec: signals and the exit status are Python's own.
 exec "$venv/bin/python" "$root/${TRAINING_SCRIPT:-baseline.py}" "$@"

@@ -38,13 +38,14 @@ fi
 # Nothing to train: one process is enough.
 for argument; do
     case $argument in
-        --prepare | --report | --help | -h) TRAINING_SCRIPT=distributed.py exec bash "$root/run_baseline.sh" "$@" ;;
+        --report | --help | -h) TRAINING_SCRIPT=distributed.py exec bash "$root/run_baseline.sh" "$@" ;;
+        --prepare) exec bash "$root/run_baseline.sh" "$@" ;;
     esac
 done
 
 # Sets up .venv, refuses bad arguments and bad input before any worker starts, and tokenises in one process: no
 # worker waits in a collective for another that still tokenises.
-TRAINING_SCRIPT=distributed.py bash "$root/run_baseline.sh" --prepare "$@"
+bash "$root/run_baseline.sh" --prepare "$@"
 torchrun=$root/.venv/bin/torchrun
 
 if [[ -z ${SLURM_JOB_ID:-} ]]; then
@@ -59,6 +60,9 @@ if [[ -z ${SLURM_JOB_ID:-} ]]; then
 fi
 
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} # as in run_baseline.sh
+# torchrun and its C++ part warn, with a stack trace, when a node leaves a moment after the first one, at the end of a
+# job that went well. Errors are still shown.
+export LOGLEVEL=${LOGLEVEL:-ERROR} TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 
 # The workers meet on the first node, by the name that Slurm gives it. The port comes from the job's number, so that
 # two jobs on a node do not meet, and lies below those that the system hands out by itself.
@@ -69,11 +73,35 @@ port=$((10000 + SLURM_JOB_ID % 20000))
 cpus=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}
 step=(srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --cpus-per-task="$cpus")
 
-# torchrun would try a name that does not resolve for ever.
-# shellcheck disable=SC2016 # a node's own variables
-lost=$("${step[@]}" bash -c 'getent ahosts "$0" > /dev/null || echo "$SLURMD_NODENAME"' "$head")
+# A rehearsal: torchrun looks for ever for a name that does not resolve, and says little where a port is closed.
+lost=$("${step[@]}" "$root/.venv/bin/python" -I -c '
+import os, socket, sys, time
+
+head, port, is_head = sys.argv[1], int(sys.argv[2]), os.environ["SLURM_NODEID"] == "0"
+ipv6 = dict(family=socket.AF_INET6, dualstack_ipv6=True) if socket.has_dualstack_ipv6() else {}
+deadline = time.monotonic() + 60
+try:
+    server = socket.create_server(("", port), **ipv6) if is_head else None
+    while True:
+        try:
+            socket.create_connection((head, port), timeout=30).close()
+            break
+        except ConnectionRefusedError:  # not there yet
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+except OSError as error:
+    print(os.environ["SLURMD_NODENAME"], error, sep=": ")
+    sys.exit()
+for _ in range(int(os.environ["SLURM_NNODES"]) if is_head else 0):
+    server.settimeout(max(0.1, deadline - time.monotonic()))
+    try:
+        server.accept()
+    except TimeoutError:  # the one that did not come says why
+        break
+' "$head" "$port")
 if [[ -n $lost ]]; then
-    echo "run_ddp.sh: error: the name of the job's first node, $head, does not resolve on ${lost//$'\n'/, }" >&2
+    echo "run_ddp.sh: error: the nodes cannot meet at $head:$port: ${lost//$'\n'/; }" >&2
     exit 1
 fi
 

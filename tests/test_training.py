@@ -1,0 +1,175 @@
+"""Real torchrun and gloo: any number of workers does the mathematics of the baseline."""
+
+import json
+
+import pytest
+import torch
+from conftest import ENCODER, ROOT, cut_sample, read_scalars, run_script
+from safetensors.torch import load_file
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory):
+    """Small real work: several windows for a context, a batch no world size divides, and a last one of one feature."""
+    directory = tmp_path_factory.mktemp("data")
+    files = cut_sample("train", 24, directory / "train.json"), cut_sample("dev", 20, directory / "dev.json")
+    arguments = ["--model", ENCODER, "--train-file", files[0], "--dev-file", files[1], "--threads", 1, "--dropout", 0]
+    return [*arguments, "--batch-size", 17, "--max-length", 128, "--doc-stride", 32, "--lr", 1e-4, "--epochs", 1]
+
+
+@pytest.fixture(scope="module")
+def train(arguments, tmp_path_factory):
+    """Return a function that runs a script once for its arguments and returns what it left behind."""
+    runs = {}
+
+    def train(script, world_size=None, *more):
+        key = script, world_size, *more
+        if key not in runs:
+            directory = tmp_path_factory.mktemp("run")
+            extra = ["--run", "r", "--predictions", "answers.json", *more]
+            process = run_script(script, [*arguments, *extra], directory, world_size)
+            assert process.returncode == 0, process.stderr
+            runs[key] = {
+                "output": process.stdout,
+                "record": json.loads((directory / "results/r.json").read_text()),
+                "scalars": read_scalars(directory / "logs/r"),
+                "weights": load_file(directory / "checkpoints/r/model/model.safetensors"),
+                "answers": json.loads((directory / "answers.json").read_text()),
+                "no_answer_scores": json.loads((directory / "answers-na.json").read_text()),
+                "directory": directory,
+            }
+        return runs[key]
+
+    return train
+
+
+def relative_difference(values, reference):
+    return max(abs(value - wanted) / abs(wanted) for value, wanted in zip(values, reference, strict=True))
+
+
+def check_same(run, base):
+    assert list(run["scalars"]["train/loss"]) == list(base["scalars"]["train/loss"])
+    losses = (list(run["scalars"]["train/loss"].values()), list(base["scalars"]["train/loss"].values()))
+    assert relative_difference(*losses) < 1e-4
+    moved = max((run["weights"][name] - base["weights"][name]).abs().max().item() for name in base["weights"])
+    assert moved < 1e-4
+    quality, wanted = run["record"]["quality"], base["record"]["quality"]
+    assert quality["dev_loss"] == pytest.approx(wanted["dev_loss"], rel=1e-4)
+    assert {name: quality[name] for name in ("exact", "f1")} == {name: wanted[name] for name in ("exact", "f1")}
+    assert list(run["answers"]) == list(base["answers"])  # the union over the ranks: each question once, in order
+    assert run["answers"] == base["answers"]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_world_does_the_mathematics_of_the_baseline(train, world_size):
+    base, run = train("baseline.py"), train("distributed.py", world_size)
+    work = base["record"]["work"]
+    assert work["features"] % work["global_batch_size"] == 1  # one rank alone has a share of the last batch
+    assert work["features"] > work["questions"] and work["steps"] == 4
+    check_same(run, base)
+    assert run["record"]["workers"] == {"world_size": world_size, "nodes": 1, "threads": 1}
+    assert sum(line.startswith("rank ") for line in run["output"].splitlines()) == world_size
+
+
+def test_micro_batches_add_up(train):
+    check_same(train("distributed.py", 2, "--micro-batch-size", "2"), train("baseline.py"))
+    check_same(train("baseline.py", None, "--micro-batch-size", "3"), train("baseline.py"))
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        # The mean of local means, as DDP gives by itself.
+        ('weight = dist.get_world_size() / batch_size if batch_size > RANK else 0.0',
+         'weight = 1 / sum(len(inputs["input_ids"]) for inputs in passes)'),
+        # Examples repeated until the ranks have equally many, as DistributedSampler does.
+        ('return batch[RANK :: dist.get_world_size()] if len(batch) > RANK else batch[:1]',
+         'return np.resize(batch, -(-len(batch) // dist.get_world_size()) * dist.get_world_size())'
+         '[RANK :: dist.get_world_size()]'),
+    ],
+    ids=["local means", "repeated examples"],
+)  # fmt: skip
+def test_the_common_mistakes_do_not_pass(train, arguments, tmp_path, right, wrong):
+    source = (ROOT / "distributed.py").read_text()
+    assert source.count(right) == 1
+    (tmp_path / "distributed.py").write_text(source.replace(right, wrong))
+    process = run_script(tmp_path / "distributed.py", [*arguments, "--run", "r"], tmp_path, 2)
+    assert process.returncode == 0, process.stderr
+    losses = list(read_scalars(tmp_path / "logs/r")["train/loss"].values())
+    assert relative_difference(losses, train("baseline.py")["scalars"]["train/loss"].values()) > 1e-4
+
+
+def test_what_a_run_leaves_behind(train):
+    run = train("distributed.py", 2)
+    record, scalars = run["record"], run["scalars"]
+    assert set(scalars) >= {"train/loss", "train/lr", "train/features_per_s", "dev/dev_loss", "dev/exact", "dev/f1"}
+    steps = record["work"]["steps"]
+    assert list(scalars["train/loss"]) == list(range(1, steps + 1))
+    assert scalars["train/lr"][steps] == 0
+    assert scalars["dev/f1"] == {steps: pytest.approx(record["quality"]["f1"])}
+    assert set(run["no_answer_scores"]) == set(run["answers"])
+    answered = {id_ for id_, score in run["no_answer_scores"].items() if score <= 0}
+    assert answered == {id_ for id_, text in run["answers"].items() if text}
+    seconds = record["seconds"]
+    assert seconds["train"] == sum(seconds["train_epochs"])
+    parts = ("setup", "data", "train", "evaluate")
+    assert 0 < sum(seconds[part] for part in parts) <= seconds["total"]
+    assert record["throughput"]["features_per_s"] == record["work"]["features"] / seconds["train"]
+    assert record["step"]["communication"] is None and record["throughput"]["mfu"] is None
+    keys = "schema script run started workers work environment seconds step throughput memory quality restarts"
+    assert list(record) == keys.split()
+    base = train("baseline.py")["record"]
+    assert {part: list(base[part]) for part in record if isinstance(record[part], dict)} == {
+        part: list(record[part]) for part in record if isinstance(record[part], dict)
+    }
+    # Only the finished record lies there: it was written aside and renamed.
+    names = sorted(path.name for path in (run["directory"] / "results").iterdir())
+    assert names == ["r.json", "speedup.json"]  # no figure without a baseline
+
+
+def test_the_saved_model_answers(train):
+    import transformers
+
+    directory = train("baseline.py")["directory"] / "checkpoints/r/model"
+    model = transformers.BertForQuestionAnswering.from_pretrained(directory)
+    inputs = transformers.AutoTokenizer.from_pretrained(directory)("Who?", "Ada Lovelace.", return_tensors="pt")
+    assert torch.isfinite(model(**inputs).start_logits).all()
+
+
+def test_a_finished_run_is_left_alone(train, arguments):
+    directory = train("baseline.py")["directory"]
+    before = (directory / "results/r.json").read_bytes()
+    process = run_script("baseline.py", [*arguments, "--run", "r"], directory)
+    assert process.returncode == 0 and "is finished" in process.stdout
+    assert (directory / "results/r.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(("script", "world_size"), [("baseline.py", None), ("distributed.py", 2)])
+def test_a_loss_that_is_not_finite_stops_the_run(arguments, tmp_path, script, world_size):
+    process = run_script(
+        script, [*arguments, "--lr", 1, "--max-grad-norm", "1e30", "--warmup", 0, "--run", "r"], tmp_path, world_size
+    )
+    assert process.returncode == 1
+    lines = [line for line in process.stderr.splitlines() if "error: stopped: the loss is" in line]
+    assert len(lines) == 1 and "at step" in lines[0]
+    assert not (tmp_path / "results/r.json").exists() and not (tmp_path / "checkpoints/r").exists()
+
+
+def test_the_loss_does_not_see_padding():
+    """A feature has the same loss beside short ones and beside long ones; the model's own loss does not."""
+    import transformers
+
+    import baseline
+
+    model = transformers.BertForQuestionAnswering.from_pretrained(ENCODER).eval()
+    options = baseline.build_parser().parse_args(["--precision", "fp32"])
+    pad = torch.nn.functional.pad
+    ids, losses, own = torch.randint(1000, 2000, (1, 30)), [], []
+    for padding in (0, 50):
+        mask = pad(torch.ones_like(ids), (0, padding))
+        inputs = {"input_ids": pad(ids, (0, padding)), "attention_mask": mask, "token_type_ids": mask}
+        inputs |= {"start_positions": torch.tensor([3]), "end_positions": torch.tensor([5])}
+        losses.append(baseline.forward(model, dict(inputs), options, torch.device("cpu"))[0].item())
+        own.append(model(**inputs).loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) == pytest.approx(own[0], rel=1e-5)
+    assert abs(own[1] - own[0]) > 0.1
