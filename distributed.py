@@ -560,6 +560,39 @@ def train_epoch(model, optimizer, schedule, features, batches, first_step, optio
     return time.perf_counter() - start, losses, step_seconds, input_seconds
 
 
+def train(model, features, epochs, questions, dev_features, options, device, writer, bar):
+    """Train on the epochs' global batches, bar.total steps in all, and evaluate after each.
+
+    Returns (seconds, median wait of a step for input, quality, answers); the last two of the last evaluation.
+    """
+    optimizer, schedule = make_optimizer(model, options, bar.total)
+    losses, train_epochs, step_seconds, input_seconds, evaluate_seconds = [], [], [], [], 0.0
+    for batches in epochs:
+        batches = batches[: bar.total - len(losses)]
+        if not batches:
+            break
+        seconds, *of_steps = train_epoch(
+            model, optimizer, schedule, features, batches, len(losses), options, device, writer, bar
+        )
+        train_epochs.append(seconds)
+        for values, more in zip((losses, step_seconds, input_seconds), of_steps, strict=True):
+            values += more
+        evaluate_start = time.perf_counter()
+        quality, answers = evaluate(model, questions, dev_features, options, device)
+        evaluate_seconds += time.perf_counter() - evaluate_start
+        quality = {"train_loss": float(np.mean(losses[-len(batches) :]))} | quality
+        scalars = {
+            f"dev/{name}": value for name, value in quality.items() if name != "train_loss" and value is not None
+        }
+        write_scalars(writer, len(losses), scalars)
+        figures = [f"{name} {quality[name]:.3f}" for name in ("dev_loss", "exact", "f1", "best_f1")]
+        log(f"after {len(losses)} steps: {'  '.join(figures)}")
+    bar.close()
+    seconds = {"train": sum(train_epochs), "train_epochs": train_epochs, "evaluate": evaluate_seconds, "total": 0.0}
+    seconds |= {"median": float(np.median(step_seconds)), "p95": float(np.percentile(step_seconds, 95))}
+    return seconds, float(np.median(input_seconds)), quality, answers
+
+
 # answers --------------------------------------------------------------------------------------------------------------
 
 
@@ -736,7 +769,7 @@ def describe_environment(device, hosts):
     }
 
 
-def make_record(options, model, device, started, data, trained, seconds, input_median, quality):
+def make_record(options, model, device, started, data, trained, seconds, input_seconds, quality):
     """Return the timing record; `trained` are the token counts of the features of each global batch."""
     workers, hosts, seconds, peak_bytes = gather_workers(seconds, peak_memory(device))
     environment = describe_environment(device, hosts)
@@ -763,7 +796,7 @@ def make_record(options, model, device, started, data, trained, seconds, input_m
         },
         "environment": environment,
         "seconds": seconds,
-        "step": {"compute": None, "communication": None, "input": input_median, "warm_up_steps": None},
+        "step": {"compute": None, "communication": None, "input": input_seconds, "warm_up_steps": None},
         "throughput": {
             "features_per_s": features / seconds["train"],
             "tokens_per_s": tokens / seconds["train"],
@@ -1017,47 +1050,18 @@ def main():
     torch.manual_seed(options.seed + RANK)  # dropout of its own on every rank
     lengths = np.array(train_features["length"])
     epochs = [epoch_batches(lengths, options.batch_size, options.seed, epoch) for epoch in range(options.epochs)]
-    steps = min(options.max_steps or math.inf, sum(map(len, epochs)))
-    optimizer, schedule = make_optimizer(model, options, steps)
+    steps = min(options.max_steps or sys.maxsize, sum(map(len, epochs)))
     log(f"{options.run}: {steps} steps of {options.batch_size} features in {options.precision} on {device.type}")
     writer = SummaryWriter(str(Path(options.logs) / options.run)) if RANK == 0 else None
     disable = None if RANK == 0 else True
     bar = tqdm(total=steps, unit="step", disable=disable, dynamic_ncols=True)  # disabled where there is no terminal
-    setup_seconds = time.perf_counter() - PROCESS_START - data_seconds
-
-    losses, train_epochs, step_seconds, input_seconds, evaluate_seconds = [], [], [], [], 0.0
-    for batches in epochs:
-        batches = batches[: steps - len(losses)]
-        if not batches:
-            break
-        seconds, epoch_losses, *times = train_epoch(
-            parallel, optimizer, schedule, train_features, batches, len(losses), options, device, writer, bar
-        )
-        train_epochs.append(seconds)
-        losses += epoch_losses
-        step_seconds += times[0]
-        input_seconds += times[1]
-        evaluate_start = time.perf_counter()
-        quality, answers = evaluate(model, dev_questions, dev_features, options, device)
-        evaluate_seconds += time.perf_counter() - evaluate_start
-        shown = {name: value for name, value in quality.items() if value is not None}
-        write_scalars(writer, len(losses), {f"dev/{name}": value for name, value in shown.items()})
-        log(f"after {len(losses)} steps: dev loss {quality['dev_loss']:.3f}, EM {quality['exact']:.2f}, "
-            f"F1 {quality['f1']:.2f}, best F1 {quality['best_f1']:.2f}")  # fmt: skip
-    bar.close()
-    seconds = {
-        "setup": setup_seconds,
-        "data": data_seconds,
-        "train": sum(train_epochs),
-        "train_epochs": train_epochs,
-        "evaluate": evaluate_seconds,
-        "total": 0.0,  # known at the end
-        "median": float(np.median(step_seconds)),
-        "p95": float(np.percentile(step_seconds, 95)),
-    }
-    quality = {"train_loss": float(np.mean(losses[-len(batches) :]))} | quality
+    seconds = {"setup": time.perf_counter() - PROCESS_START - data_seconds, "data": data_seconds}
+    train_seconds, input_seconds, quality, answers = train(
+        parallel, train_features, epochs, dev_questions, dev_features, options, device, writer, bar
+    )
+    seconds |= train_seconds
     trained = [lengths[batch] for epoch in epochs for batch in epoch][:steps]
-    record = make_record(options, model, device, started, data, trained, seconds, np.median(input_seconds), quality)
+    record = make_record(options, model, device, started, data, trained, seconds, input_seconds, quality)
     dist.destroy_process_group()
     if RANK > 0:
         return

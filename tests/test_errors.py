@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import shutil
+import subprocess
 
 import pytest
 from conftest import ENCODER, ROOT, run_script, write_squad
@@ -15,7 +17,8 @@ GOOD = [(CONTEXT, [("q1", "Where?", [("Paris", 20)]), ("q2", "Why?", [])])]
 
 def broken(path, change):
     """Write good questions, changed by `change(data)`; return the path."""
-    content = json.loads(open(write_squad(path, GOOD)).read())
+    write_squad(path, GOOD)
+    content = json.loads(path.read_text())
     change(content["data"])
     path.write_text(json.dumps(content))
 
@@ -32,7 +35,8 @@ BAD_FILES = {
     "a list": (lambda path: path.write_text("[1]"), "not SQuAD's layout"),
     "no data": (lambda path: path.write_text("{}"), "no key 'data' before the first question"),
     "no paragraphs": (lambda path: broken(path, lambda data: data[0].pop("paragraphs")), "no key 'paragraphs' before"),
-    "no answers": (lambda path: broken(path, lambda data: qa(data, 1).pop("answers")), "no key 'answers' at question q2"),
+    "no answers": (
+        lambda path: broken(path, lambda data: qa(data, 1).pop("answers")), "no key 'answers' at question q2"),
     "no id": (lambda path: broken(path, lambda data: qa(data, 1).pop("id")), "no key 'id'"),
     "a question that is a number": (
         lambda path: broken(path, lambda data: qa(data).update(question=7)), "not SQuAD's layout"),
@@ -42,7 +46,8 @@ BAD_FILES = {
         lambda path: broken(path, lambda data: qa(data)["answers"][0].update(answer_start=3)),
         "the answer 'Paris' is not at its answer_start 3 at question q1"),
     "an answer before the context": (
-        lambda path: broken(path, lambda data: qa(data)["answers"][0].update(answer_start=-6)), "is not at its answer_start"),
+        lambda path: broken(path, lambda data: qa(data)["answers"][0].update(answer_start=-6)),
+        "is not at its answer_start"),
     "no questions": (lambda path: write_squad(path, []), "no questions in it"),
     "an empty context": (lambda path: write_squad(path, [(" ", [("q1", "Why?", [])])]), "empty context at question q1"),
     "an id twice": (lambda path: write_squad(path, [*GOOD, *GOOD]), "question id q1 occurs twice"),
@@ -97,7 +102,7 @@ def test_bad_options(tmp_path, monkeypatch, script, line):
     (tmp_path / "NOT_BERT").mkdir()
     (tmp_path / "NOT_BERT/config.json").write_text('{"model_type": "gpt2"}')
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / "NOT_BERT" / name).write_bytes(open(f"{ENCODER}/{name}", "rb").read())
+        shutil.copy(f"{ENCODER}/{name}", tmp_path / "NOT_BERT" / name)
     good = [] if line == "" or "--train-file" in line else ["--train-file", write_squad(tmp_path / "good.json", GOOD),
                                                             "--dev-file", str(tmp_path / "good.json")]  # fmt: skip
     monkeypatch.setattr("sys.argv", ["x.py", "--model", ENCODER, "--prepare", *good, *line.split()])
@@ -145,8 +150,6 @@ def test_once_in_a_parallel_run(tmp_path, arguments, message):
 
 
 def test_the_launchers_pass_on_the_status(tmp_path):
-    import subprocess
-
     for launcher in ("run_baseline.sh", "run_ddp.sh"):
         command = ["bash", ROOT / launcher, "--sample", "--epochs", "0"]
         process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

@@ -1,0 +1,178 @@
+"""The scaling report on constructed records, whose figures are known, and as a user starts it."""
+
+import copy
+import json
+
+import distributed
+import pytest
+from conftest import read_scalars, run_script
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+RECORD = {
+    "schema": 1, "script": "baseline", "run": "base", "started": "2026-01-01T00:00:00+00:00",
+    "workers": {"world_size": 1, "nodes": 1, "threads": 8},
+    "work": {
+        "model": "bert", "parameters": 100, "random_init": False, "sha256": "a", "dev_sha256": "b", "features": 1000,
+        "trained_features": 2000, "epochs": 2, "max_length": 384, "doc_stride": 128, "precision": "bf16",
+        "compile": False, "dropout": 0.1, "optimizer": "AdamW", "global_batch_size": 48, "micro_batch_size": None,
+    },
+    "environment": {"device": "A100", "torch": "2.13.0"},
+    "seconds": {"train": 800.0, "total": 900.0},
+    "throughput": {"features_per_s": 2.5},
+    "quality": {"train_loss": 1.0, "dev_loss": 1.1, "exact": 70.0, "f1": 75.0},
+}  # fmt: skip
+
+
+def record(run, workers=1, train=800.0, total=None, script="distributed", **changed):
+    """Return RECORD with another time and, as section__key=value, other fields."""
+    made = copy.deepcopy(RECORD) | {"run": run, "script": script}
+    made["workers"]["world_size"] = workers
+    made["seconds"] = {"train": train, "total": total or train + 100}
+    made["throughput"]["features_per_s"] = 2000 / train
+    for name, value in changed.items():
+        section, key = name.split("__")
+        made[section][key] = value
+    return made
+
+
+def scale(records, directory):
+    """Return (rows, excluded) of the records, written to and read from the directory as the report does."""
+    for one in records:
+        (directory / f"{one['run']}.json").write_text(json.dumps(one))
+    return distributed.scaling_rows(distributed.group_records(distributed.read_records(directory)))
+
+
+def row_of(rows, run):
+    return next(row for row in rows if run in row["runs"])
+
+
+def test_figures_by_hand(tmp_path):
+    rows, excluded = scale(
+        [record("base", script="baseline"), record("one", 1, 820), record("four", 4, 250, 400)], tmp_path
+    )
+    assert excluded == []
+    base, one, four = (row_of(rows, run) for run in ("base", "one", "four"))
+    assert (base["mode"], base["speedup"], base["efficiency"], base["serial_fraction"]) == ("baseline", 1, 1, None)
+    assert one["speedup"] == pytest.approx(800 / 820)
+    assert four["mode"] == "DDP strong"
+    assert four["speedup"] == pytest.approx(3.2) and four["efficiency"] == pytest.approx(0.8)
+    assert four["serial_fraction"] == pytest.approx((1 / 3.2 - 1 / 4) / (1 - 1 / 4)) == pytest.approx(1 / 12)
+    assert four["end_to_end_speedup"] == pytest.approx(900 / 400)
+    assert four["worker_hours"] == pytest.approx(1000 / 3600)
+    assert four["n"] == 1 and four["features_per_s"] == 8
+
+
+def test_published_example_of_karp_and_flatt(tmp_path):
+    """Karp and Flatt (1990), table 2's pattern: 5 % serial work on 16 processors gives S = 9.14 and e = 0.05."""
+    speedup = 1 / (0.05 + 0.95 / 16)
+    rows, _ = scale([record("base", script="baseline"), record("p", 16, 800 / speedup)], tmp_path)
+    assert row_of(rows, "p")["serial_fraction"] == pytest.approx(0.05)
+
+
+def test_repetitions_are_grouped(tmp_path):
+    bases = [record(f"b{i}", script="baseline", train=seconds) for i, seconds in enumerate((790, 800, 840))]
+    rows, _ = scale([*bases, record("d0", 2, 400), record("d1", 2, 420)], tmp_path)
+    row = row_of(rows, "d0")
+    assert (row["n"], row["train_seconds"], row["train_seconds_range"]) == (2, 410, [400, 420])
+    assert row["speedup"] == pytest.approx(800 / 410)
+    assert row["speedup_range"] == pytest.approx([790 / 420, 840 / 400])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("work__precision", "fp32"), ("work__model", "other"), ("work__random_init", True), ("work__sha256", "z"),
+        ("work__dev_sha256", "z"), ("work__epochs", 1), ("work__max_length", 256), ("work__doc_stride", 64),
+        ("work__compile", True), ("work__dropout", 0.0), ("work__trained_features", 48), ("workers__threads", 4),
+        ("environment__device", "H100"), ("environment__torch", "2.12.0"), ("work__optimizer", "SGD"),
+    ],
+)  # fmt: skip
+def test_differing_work_has_no_ratio(tmp_path, field, value):
+    rows, excluded = scale([record("base", script="baseline"), record("p", 4, 250, **{field: value})], tmp_path)
+    assert "speedup" not in row_of(rows, "p")
+    section, key = field.split("__")
+    assert excluded == [{"runs": ["p"], "differs": {field.replace("__", "."): [RECORD[section][key], value]}}]
+
+
+def test_the_confounded_case_this_project_was_born_from(tmp_path, capsys):
+    """An FP32 baseline of batch 8 against TF32 on four GPUs with batch 32 was reported as a speedup of 7.94."""
+    base = record("base", script="baseline", train=3828, work__precision="fp32", work__global_batch_size=8)
+    four = record("four", 4, 482, work__precision="tf32", work__global_batch_size=32)
+    rows, excluded = scale([base, four], tmp_path)
+    assert "speedup" not in row_of(rows, "four")
+    assert excluded[0]["differs"] == {"work.precision": ["fp32", "tf32"]}
+
+
+def test_another_batch_is_weak_scaling(tmp_path):
+    rows, _ = scale([record("base", script="baseline"), record("w", 4, 220, work__global_batch_size=192)], tmp_path)
+    assert row_of(rows, "w")["mode"] == "DDP weak" and row_of(rows, "w")["speedup"] == pytest.approx(800 / 220)
+
+
+def test_the_base_is_the_fastest_of_the_same_batch(tmp_path):
+    slow = record("slow", script="baseline", train=1000)
+    fast = record("fast", script="baseline", train=800, work__micro_batch_size=12)
+    other = record("other", script="baseline", train=500, work__global_batch_size=96)
+    rows, _ = scale([slow, fast, other, record("p", 2, 500)], tmp_path)
+    assert row_of(rows, "p")["base_runs"] == ["fast"] and row_of(rows, "p")["speedup"] == pytest.approx(1.6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(workers=st.integers(2, 1024), base=st.floats(1, 1e5), time=st.floats(1, 1e5))
+def test_identities(workers, base, time):
+    records = [record("base", script="baseline", train=base), record("p", workers, time)]
+    for one in records:
+        one["compared"] = {}
+    rows, _ = distributed.scaling_rows([[one] for one in records])
+    row = row_of(rows, "p")
+    assert row["efficiency"] * workers == pytest.approx(row["speedup"]) == pytest.approx(base / time)
+    # Amdahl's law with the serial fraction gives the speedup back.
+    e = row["serial_fraction"]
+    assert 1 / (e + (1 - e) / workers) == pytest.approx(row["speedup"], rel=1e-6)
+
+
+def report(directory):
+    return run_script("distributed.py", ["--report"], directory)
+
+
+def test_report_as_a_user_starts_it(tmp_path):
+    results = tmp_path / "results"
+    results.mkdir()
+    records = [record("base", script="baseline"), record("two", 2, 390), record("four", 4, 250)]
+    records += [record("fp32", 4, 300, work__precision="fp32")]
+    for one in records:
+        (results / f"{one['run']}.json").write_text(json.dumps(one))
+    (results / "damaged.json").write_text('{"schema": 1')
+    (results / "other.json").write_text('{"schema": 7}')
+    process = report(tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert [line.split(":")[0] for line in process.stderr.splitlines()] == [
+        "results/damaged.json",
+        "results/other.json",
+    ]
+    lines = process.stdout.splitlines()
+    assert "3.20" in next(line for line in lines if "DDP strong" in line and line.split()[0] == "4")
+    assert "no ratio for fp32: work.precision 'fp32' (baseline: 'bf16')" in lines
+    assert any(line.startswith("n = 1") for line in lines)
+    assert "2 workers: efficiency above 100 %: the baseline is not the best sequential run" in lines
+    written = json.loads((results / "speedup.json").read_text())
+    assert written["schema"] == 1 and len(written["rows"]) == 4 and len(written["excluded"]) == 1
+    assert (results / "speedup.png").read_bytes().startswith(b"\x89PNG")
+    curve = read_scalars(tmp_path / "logs/scaling/DDP-strong")
+    assert curve["scaling/speedup"] == {2: pytest.approx(800 / 390), 4: pytest.approx(3.2)}
+    assert report(tmp_path).stdout == process.stdout  # its own files are no records
+
+
+def test_without_a_baseline_there_are_times_and_no_ratios(tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/two.json").write_text(json.dumps(record("two", 2, 390)))
+    process = report(tmp_path)
+    assert process.returncode == 0
+    assert "390.0" in process.stdout and "no record of baseline.py" in process.stdout
+    assert not (tmp_path / "results/speedup.png").exists()
+
+
+def test_without_records(tmp_path):
+    process = report(tmp_path)
+    assert process.returncode == 2
+    assert process.stderr == "distributed.py: error: results: no timing records to report on\n"
