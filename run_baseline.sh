@@ -24,10 +24,10 @@ set -euo pipefail
 # module load python
 
 # sbatch runs a copy of this file from Slurm's spool. Slurm knows the original, as it was named to sbatch, and shows it
-# followed by the arguments.
+# followed by the arguments; of an array it shows all jobs, and one will do.
 root=$(cd "$(dirname "$0")" && pwd)
 if [[ ! -e $root/baseline.py && -n ${SLURM_JOB_ID:-} ]]; then
-    command=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p')
+    command=$(scontrol show job "$SLURM_JOB_ID" | sed -n '0,/^ *Command=/s/^ *Command=//p')
     root=$(cd "$SLURM_SUBMIT_DIR" && cd "$(dirname "${command%" $*"}")" && pwd)
 fi
 

@@ -28,10 +28,10 @@ set -euo pipefail
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 
 # sbatch runs a copy of this file from Slurm's spool. Slurm knows the original, as it was named to sbatch, and shows it
-# followed by the arguments.
+# followed by the arguments; of an array it shows all jobs, and one will do.
 root=$(cd "$(dirname "$0")" && pwd)
 if [[ ! -e $root/distributed.py && -n ${SLURM_JOB_ID:-} ]]; then
-    command=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p')
+    command=$(scontrol show job "$SLURM_JOB_ID" | sed -n '0,/^ *Command=/s/^ *Command=//p')
     root=$(cd "$SLURM_SUBMIT_DIR" && cd "$(dirname "${command%" $*"}")" && pwd)
 fi
 
@@ -46,7 +46,7 @@ done
 # Sets up .venv, refuses bad arguments and bad input before any worker starts, and tokenises in one process: no
 # worker waits in a collective for another that still tokenises.
 bash "$root/run_baseline.sh" --prepare "$@"
-torchrun=$root/.venv/bin/torchrun
+torchrun=$root/.venv/bin/torchrun # wants -- before the script: it would take --run for an option of its own
 
 if [[ -z ${SLURM_JOB_ID:-} ]]; then
     # This machine's GPUs, or those of them that CUDA_VISIBLE_DEVICES leaves.
@@ -56,7 +56,7 @@ if [[ -z ${SLURM_JOB_ID:-} ]]; then
     ((workers > 0)) || workers=2                           # on CPUs
     threads=$(($(env -u OMP_NUM_THREADS nproc) / workers)) # nproc would take that variable's word
     export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
-    exec "$torchrun" --standalone --nproc-per-node="$workers" "$root/distributed.py" "$@"
+    exec "$torchrun" --standalone --nproc-per-node="$workers" -- "$root/distributed.py" "$@"
 fi
 
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} # as in run_baseline.sh
@@ -115,4 +115,4 @@ exec "${step[@]}" --kill-on-bad-exit=1 bash -c '
     exec "$0" --nproc-per-node="$workers" --local-addr="$SLURMD_NODENAME" \
         --rdzv-conf="is_host=$((SLURM_NODEID == 0)),join_timeout=300" "$@"' \
     "$torchrun" --nnodes="$SLURM_NNODES" --rdzv-backend=c10d --rdzv-endpoint="$head:$port" \
-    --rdzv-id="$SLURM_JOB_ID" "$root/distributed.py" "$@"
+    --rdzv-id="$SLURM_JOB_ID" -- "$root/distributed.py" "$@"

@@ -8,11 +8,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import DEV_SET
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import baseline
+from conftest import DEV_SET
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ import json
 import datasets
 import numpy as np
 import pytest
-from conftest import DEV_SET, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import baseline
+from conftest import DEV_SET, ROOT
 
 
 def make(questions, tokenizer, key, max_length=384, doc_stride=128):

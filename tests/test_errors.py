@@ -6,10 +6,10 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import ENCODER, ROOT, run_script, write_squad
 
 import baseline
 import distributed
+from conftest import ENCODER, ROOT, run_script, write_squad
 
 CONTEXT = "The tower stands in Paris."
 GOOD = [(CONTEXT, [("q1", "Where?", [("Paris", 20)]), ("q2", "Why?", [])])]

@@ -5,6 +5,7 @@ import json
 import os
 
 import pytest
+
 from conftest import DEV_SET, ENCODER, run_script
 
 

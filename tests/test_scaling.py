@@ -3,11 +3,12 @@
 import copy
 import json
 
-import distributed
 import pytest
-from conftest import read_scalars, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import distributed
+from conftest import read_scalars, run_script
 
 RECORD = {
     "schema": 1, "script": "baseline", "run": "base", "started": "2026-01-01T00:00:00+00:00",

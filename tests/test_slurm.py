@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
 import slurm
 from conftest import ENCODER, ROOT, cut_sample, read_scalars
 
@@ -90,11 +91,12 @@ def finish(environment):
         output = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=True).stdout
         return dict(field.partition("=")[::2] for field in output.split() if "=" in field)
 
-    def finish(directory, number, seconds=300):
+    def finish(directory, number, run=None, seconds=300):
         active = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING"}
         slurm.wait_until(lambda: show(number)["JobState"] not in active, seconds, f"the end of job {number}")
         fields = show(number)
-        run = f"{fields['JobName']}-{number}"
+        log = directory / f"{fields['JobName']}-{number}.out"
+        run = run or log.stem
         record = directory / f"results/{run}.json"
         return SimpleNamespace(
             number=number,
@@ -103,7 +105,7 @@ def finish(environment):
             fields=fields,
             state=fields["JobState"],
             exit_code=fields["ExitCode"],
-            output=(directory / f"{run}.out").read_bytes().decode(),
+            output=log.read_bytes().decode(),
             record=json.loads(record.read_text()) if record.exists() else None,
         )
 
@@ -123,11 +125,15 @@ def jobs(project, submit, finish):
         "baseline": (project, ["--cpus-per-task=2", "run_baseline.sh", *work]),
         # As it stands, but for the 16 threads of each worker, which are many here.
         "2x2": (elsewhere, [project / "run_ddp.sh", *work, "--threads", "1"]),
-        "2x1": (elsewhere, ["--gres=gpu:a100:1", "--cpus-per-task=1", "../the project/run_ddp.sh", *work]),
+        "2x1": (
+            elsewhere,
+            ["--gres=gpu:a100:1", "--cpus-per-task=1", "../the project/run_ddp.sh", *work, "--run", "mine"],
+        ),
         "1x2": (project, ["--nodes=1", "--gres=gpu:2", "--cpus-per-task=4", "run_ddp.sh", *work]),
     }
     numbers = {name: submit(directory, *arguments) for name, (directory, arguments) in submitted.items()}
-    return {name: finish(submitted[name][0], number) for name, number in numbers.items()}
+    runs = {"2x1": "mine"}
+    return {name: finish(submitted[name][0], number, runs.get(name)) for name, number in numbers.items()}
 
 
 @pytest.mark.parametrize(
@@ -183,7 +189,7 @@ def test_wrong_argument_ends_the_job_in_one_line(project, submit, finish, launch
 
 
 def test_killed_rank_ends_the_job(project, submit, finish):
-    number = submit(project, "--gres=gpu:1", "--cpus-per-task=1", "run_ddp.sh", "--sample", "--epochs", "100")
+    number = submit(project, "--gres=gpu:1", "--cpus-per-task=1", "run_ddp.sh", "--sample", "--epochs", "3")
     output = project / f"distributed-{number}.out"
 
     def find_ranks():
@@ -288,7 +294,7 @@ def test_ddp_on_this_machine(launch):
     script, preparation = launch.directory / "distributed.py", launch.directory / "baseline.py"
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
     assert prepared == f"python threads= {preparation} --prepare --epochs 1"
-    assert started == f"torchrun threads={threads} --standalone --nproc-per-node=2 {script} --epochs 1"
+    assert started == f"torchrun threads={threads} --standalone --nproc-per-node=2 -- {script} --epochs 1"
 
     assert launch("run_ddp.sh", CUDA_VISIBLE_DEVICES="0,2,5", STATUS="3").wait(timeout=60) == 3
     assert "--nproc-per-node=3 " in launch.calls()[-1]

@@ -1,11 +1,15 @@
 """Real torchrun and gloo: any number of workers does the mathematics of the baseline."""
 
 import json
+import math
 
 import pytest
 import torch
-from conftest import ENCODER, ROOT, cut_sample, read_scalars, run_script
+import transformers
 from safetensors.torch import load_file
+
+import baseline
+from conftest import ENCODER, ROOT, cut_sample, read_scalars, run_script
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +18,7 @@ def arguments(tmp_path_factory):
     directory = tmp_path_factory.mktemp("data")
     files = cut_sample("train", 24, directory / "train.json"), cut_sample("dev", 20, directory / "dev.json")
     arguments = ["--model", ENCODER, "--train-file", files[0], "--dev-file", files[1], "--threads", 1, "--dropout", 0]
-    return [*arguments, "--batch-size", 17, "--max-length", 128, "--doc-stride", 32, "--lr", 1e-4, "--epochs", 1]
+    return [*arguments, "--batch-size", 17, "--max-length", 128, "--doc-stride", 32, "--lr", 5e-4, "--epochs", 1]
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +47,12 @@ def train(arguments, tmp_path_factory):
     return train
 
 
+# The softmax does not see a constant added to all logits or to all of a query's scores: the gradient of these is zero
+# but for rounding, which AdamW scales up to full steps.
+WITHOUT_GRADIENT = {"qa_outputs.bias", "bert.encoder.layer.5.output.LayerNorm.bias"}
+WITHOUT_GRADIENT |= {f"bert.encoder.layer.{layer}.attention.self.key.bias" for layer in range(6)}
+
+
 def relative_difference(values, reference):
     return max(abs(value - wanted) / abs(wanted) for value, wanted in zip(values, reference, strict=True))
 
@@ -51,8 +61,8 @@ def check_same(run, base):
     assert list(run["scalars"]["train/loss"]) == list(base["scalars"]["train/loss"])
     losses = (list(run["scalars"]["train/loss"].values()), list(base["scalars"]["train/loss"].values()))
     assert relative_difference(*losses) < 1e-4
-    moved = max((run["weights"][name] - base["weights"][name]).abs().max().item() for name in base["weights"])
-    assert moved < 1e-4
+    for name, weights in base["weights"].items():
+        assert name in WITHOUT_GRADIENT or (run["weights"][name] - weights).abs().max() < 1e-4, name
     quality, wanted = run["record"]["quality"], base["record"]["quality"]
     assert quality["dev_loss"] == pytest.approx(wanted["dev_loss"], rel=1e-4)
     assert {name: quality[name] for name in ("exact", "f1")} == {name: wanted[name] for name in ("exact", "f1")}
@@ -67,6 +77,9 @@ def test_every_world_does_the_mathematics_of_the_baseline(train, world_size):
     assert work["features"] % work["global_batch_size"] == 1  # one rank alone has a share of the last batch
     assert work["features"] > work["questions"] and work["steps"] == 4
     check_same(run, base)
+    # 1e-4 is little beside how far the weights went.
+    start = load_file(f"{ENCODER}/model.safetensors")["encoder.layer.0.output.dense.weight"]
+    assert (base["weights"]["bert.encoder.layer.0.output.dense.weight"] - start).abs().median() > 5e-4
     assert run["record"]["workers"] == {"world_size": world_size, "nodes": 1, "threads": 1}
     assert sum(line.startswith("rank ") for line in run["output"].splitlines()) == world_size
 
@@ -128,8 +141,6 @@ def test_what_a_run_leaves_behind(train):
 
 
 def test_the_saved_model_answers(train):
-    import transformers
-
     directory = train("baseline.py")["directory"] / "checkpoints/r/model"
     model = transformers.BertForQuestionAnswering.from_pretrained(directory)
     inputs = transformers.AutoTokenizer.from_pretrained(directory)("Who?", "Ada Lovelace.", return_tensors="pt")
@@ -146,20 +157,20 @@ def test_a_finished_run_is_left_alone(train, arguments):
 
 @pytest.mark.parametrize(("script", "world_size"), [("baseline.py", None), ("distributed.py", 2)])
 def test_a_loss_that_is_not_finite_stops_the_run(arguments, tmp_path, script, world_size):
-    process = run_script(
-        script, [*arguments, "--lr", 1, "--max-grad-norm", "1e30", "--warmup", 0, "--run", "r"], tmp_path, world_size
-    )
+    model = transformers.BertForQuestionAnswering.from_pretrained(ENCODER)
+    torch.nn.init.constant_(model.qa_outputs.weight, math.inf)
+    model.save_pretrained(tmp_path / "model")
+    transformers.AutoTokenizer.from_pretrained(ENCODER).save_pretrained(tmp_path / "model")
+    process = run_script(script, [*arguments, "--model", tmp_path / "model", "--run", "r"], tmp_path, world_size)
     assert process.returncode == 1
-    lines = [line for line in process.stderr.splitlines() if "error: stopped: the loss is" in line]
-    assert len(lines) == 1 and "at step" in lines[0]
+    lines = [line for line in process.stderr.splitlines() if line.startswith(script)]
+    assert lines == [f"{script}: error: stopped: the loss is nan at step 1"]
     assert not (tmp_path / "results/r.json").exists() and not (tmp_path / "checkpoints/r").exists()
 
 
 def test_the_loss_does_not_see_padding():
     """A feature has the same loss beside short ones and beside long ones; the model's own loss does not."""
     import transformers
-
-    import baseline
 
     model = transformers.BertForQuestionAnswering.from_pretrained(ENCODER).eval()
     options = baseline.build_parser().parse_args(["--precision", "fp32"])
