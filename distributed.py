@@ -820,31 +820,23 @@ COMPARED = {
 
 
 def read_records(directory):
-    """Return the timing records of a directory; a damaged one is named and skipped."""
+    """Return the timing records of a directory, each with its "compared" fields; a damaged one is named and skipped."""
     records = []
-    for path in sorted(Path(directory).glob("*.json")):
-        if path.name == "speedup.json":
-            continue
+    for path in sorted(set(Path(directory).glob("*.json")) - {Path(directory) / "speedup.json"}):
         try:
             record = json.loads(path.read_text())
             if record["schema"] != 1:
                 raise ValueError(f"schema {record['schema']} is not 1")
-            numbers = [record["seconds"]["train"], record["seconds"]["total"], record["work"]["trained_features"]]
-            numbers += [
-                record["workers"]["world_size"],
-                record["workers"]["nodes"],
-                record["work"]["global_batch_size"],
-            ]
-            if not all(number > 0 for number in numbers):
-                raise ValueError("a time or a count is not above 0")
             record["compared"] = {
                 f"{section}.{key}": record[section][key] for section, keys in COMPARED.items() for key in keys.split()
             }
-            record["script"], record["run"], record["quality"]["f1"]  # the report needs them
+            if record["environment"]["nccl"]:  # a worker is a GPU there, whatever threads feed it
+                del record["compared"]["workers.threads"]
+            scaling_row([record], [record])  # has what a row needs
             records.append(record)
         except KeyError as error:
             print(f"{path}: skipped: no timing record: no key {error}", file=sys.stderr)
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, ZeroDivisionError) as error:
             print(f"{path}: skipped: no timing record: {error}", file=sys.stderr)
     return records
 
@@ -862,8 +854,8 @@ def group_records(records):
 
 def differences(record, base):
     """Return {field: [the base's value, the record's]} of what forbids a ratio of the two."""
-    fields = base["compared"].items()
-    return {name: [value, record["compared"][name]] for name, value in fields if record["compared"][name] != value}
+    fields, of_base = record["compared"], base["compared"]
+    return {name: [of_base.get(name), value] for name, value in fields.items() if of_base.get(name) != value}
 
 
 def scaling_row(group, base):
@@ -878,13 +870,18 @@ def scaling_row(group, base):
         return float(np.median(values)) if values else None
 
     seconds = [of["seconds"]["train"] for of in group]
-    row = {"mode": "baseline" if record["script"] == "baseline" else "DDP", "runs": [of["run"] for of in group]}
-    row |= {"workers": workers, "nodes": record["workers"]["nodes"], "n": len(group)}
-    row |= {"global_batch_size": record["work"]["global_batch_size"], "precision": record["work"]["precision"]}
-    row |= {"train_seconds": float(np.median(seconds)), "train_seconds_range": [min(seconds), max(seconds)]}
-    row |= {
+    row = {
+        "mode": "baseline" if record["script"] == "baseline" else "DDP",
+        "runs": [of["run"] for of in group],
+        "workers": workers,
+        "nodes": record["workers"]["nodes"],
+        "n": len(group),
+        "global_batch_size": record["work"]["global_batch_size"],
+        "precision": record["work"]["precision"],
+        "train_seconds": float(np.median(seconds)),
+        "train_seconds_range": [min(seconds), max(seconds)],
         "features_per_s": median("throughput", "features_per_s"),
-        "worker_hours": workers * np.median(seconds) / 3600,
+        "worker_hours": workers * float(np.median(seconds)) / 3600,
     }
     row |= {name: median("quality", name) for name in ("train_loss", "dev_loss", "exact", "f1")}
     if base is None:
@@ -909,17 +906,17 @@ def scaling_rows(groups):
         batch = group[0]["work"]["global_batch_size"]
         comparable = [base for base in bases if not differences(group[0], base[0])]
         # The same batch before another one, and of those the fastest: a slow base would flatter the parallel runs.
-        comparable.sort(
-            key=lambda base: (
-                base[0]["work"]["global_batch_size"] != batch,
-                np.median([of["seconds"]["train"] for of in base]),
-            )
-        )
-        rows.append(scaling_row(group, comparable[0] if comparable else None))
-        if bases and not comparable:
+        other_batch = [base[0]["work"]["global_batch_size"] != batch for base in comparable]
+        seconds = [np.median([of["seconds"]["train"] for of in base]) for base in comparable]
+        best = min(zip(other_batch, seconds, comparable, strict=True), key=lambda choice: choice[:2], default=[None])[
+            -1
+        ]
+        rows.append(scaling_row(group, best))
+        if bases and not best:
             fields = min((differences(group[0], base[0]) for base in bases), key=len)
             excluded.append({"runs": rows[-1]["runs"], "differs": fields})
-    rows.sort(key=lambda row: (row.get("base_runs", ["~"]), row["mode"], row["workers"], row["nodes"]))
+    order = ["baseline", "DDP", "DDP strong", "DDP weak"]
+    rows.sort(key=lambda row: ("speedup" not in row, order.index(row["mode"]), row["workers"], row["nodes"]))
     return rows, excluded
 
 
@@ -976,14 +973,14 @@ def draw_scaling(rows, path):
         axis.set_ylabel(f"{name} against the baseline")
         axis.grid(color="0.9")
     fractions = [row["serial_fraction"] for row in rows if row["workers"] == most and (row["serial_fraction"] or 0) > 0]
-    if fractions:
-        axes[0].axhline(
-            1 / min(fractions), color="0.4", linestyle=":", linewidth=1, label=f"bound 1/e = {1 / min(fractions):.1f}"
-        )
     axes[0].set_yscale("log", base=2)
+    axes[0].set_ylim(0.7, 2.8 * most)
+    if fractions:  # where it lies far above, the legend alone says it
+        bound = 1 / min(fractions)
+        axes[0].axhline(bound, color="0.4", linestyle=":", linewidth=1, label=f"bound 1/e = {bound:.3g}")
     axes[0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes[1].set_ylim(0, max(1.1, *(1.05 * row["efficiency"] for row in rows)))
-    axes[0].legend(fontsize="small", frameon=False)
+    axes[0].legend(fontsize="small", frameon=False, loc="upper left")
     figure.savefig(path, dpi=200)
 
 

@@ -18,7 +18,7 @@ RECORD = {
         "trained_features": 2000, "epochs": 2, "max_length": 384, "doc_stride": 128, "precision": "bf16",
         "compile": False, "dropout": 0.1, "optimizer": "AdamW", "global_batch_size": 48, "micro_batch_size": None,
     },
-    "environment": {"device": "A100", "torch": "2.13.0"},
+    "environment": {"device": "EPYC", "torch": "2.13.0", "nccl": None},
     "seconds": {"train": 800.0, "total": 900.0},
     "throughput": {"features_per_s": 2.5},
     "quality": {"train_loss": 1.0, "dev_loss": 1.1, "exact": 70.0, "f1": 75.0},
@@ -86,7 +86,7 @@ def test_repetitions_are_grouped(tmp_path):
         ("work__precision", "fp32"), ("work__model", "other"), ("work__random_init", True), ("work__sha256", "z"),
         ("work__dev_sha256", "z"), ("work__epochs", 1), ("work__max_length", 256), ("work__doc_stride", 64),
         ("work__compile", True), ("work__dropout", 0.0), ("work__trained_features", 48), ("workers__threads", 4),
-        ("environment__device", "H100"), ("environment__torch", "2.12.0"), ("work__optimizer", "SGD"),
+        ("environment__device", "A100"), ("environment__torch", "2.12.0"), ("work__optimizer", "SGD"),
     ],
 )  # fmt: skip
 def test_differing_work_has_no_ratio(tmp_path, field, value):
@@ -94,6 +94,13 @@ def test_differing_work_has_no_ratio(tmp_path, field, value):
     assert "speedup" not in row_of(rows, "p")
     section, key = field.split("__")
     assert excluded == [{"runs": ["p"], "differs": {field.replace("__", "."): [RECORD[section][key], value]}}]
+
+
+def test_threads_do_not_matter_where_a_worker_is_a_gpu(tmp_path):
+    gpu = {"environment__device": "A100", "environment__nccl": "2.28.9"}
+    records = [record("base", script="baseline", **gpu), record("p", 4, 250, workers__threads=4, **gpu)]
+    rows, excluded = scale(records, tmp_path)
+    assert excluded == [] and row_of(rows, "p")["speedup"] == pytest.approx(3.2)
 
 
 def test_the_confounded_case_this_project_was_born_from(tmp_path, capsys):
