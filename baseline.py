@@ -127,7 +127,8 @@ def parse_options(parser):
     for name, (low, high) in bounds.items():
         value = getattr(options, name)
         if value is not None and not low <= value <= high:
-            raise ScriptError(f"--{name.replace('_', '-')} {value}: must be from {low} to {high}")
+            allowed = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise ScriptError(f"--{name.replace('_', '-')} {value}: must be {allowed}")
     if not options.max_grad_norm > 0:
         raise ScriptError(f"--max-grad-norm {options.max_grad_norm}: must be above 0")
     if bool(options.train_file) != bool(options.dev_file):
@@ -136,14 +137,9 @@ def parse_options(parser):
     options.run = options.run or f"{Path(__file__).stem}-{job}"
     if not re.fullmatch(r"\w[\w.+-]*", options.run):
         raise ScriptError(f"--run {options.run}: use letters, digits and . _ + - only")
-    for path in [
-        options.results,
-        options.logs,
-        options.checkpoints,
-        options.predictions and f"{options.predictions}/..",
-    ]:
+    outputs = [options.results, options.logs, options.checkpoints]
+    for directory in map(Path, [*outputs, Path(options.predictions or ".").parent]):
         try:
-            directory = Path(os.path.normpath(path or options.results))
             directory.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=directory).close()
         except OSError as error:
@@ -183,7 +179,7 @@ def select_device(options):
 
 def read_squad_file(path):
     """Read a file in SQuAD's layout, .json or .json.gz: (Dataset with the hub's columns, SHA-256 of the file)."""
-    columns, place = {"id": [], "question": [], "context": [], "answers": []}, "before the first question"
+    rows, place = [], "before the first question"
     try:
         content = Path(path).read_bytes()
         articles = json.loads(gzip.decompress(content) if path.endswith(".gz") else content)["data"]
@@ -197,12 +193,11 @@ def read_squad_file(path):
                         raise ScriptError(f"{path}: the answer {text!r} is not at its answer_start {start} {place}")
                 if not context.strip():
                     raise ScriptError(f"{path}: empty context {place}")
-                for column, value in zip(
-                    columns, (question["id"], question["question"], context, answers), strict=True
-                ):
-                    columns[column].append(value)
+                rows.append(
+                    {key: question[key] for key in ("id", "question")} | {"context": context, "answers": answers}
+                )
             place = f"after {place.split(' ', 1)[1]}"
-        dataset = datasets.Dataset.from_dict(columns)
+        dataset = datasets.Dataset.from_list(rows)
     except (gzip.BadGzipFile, zlib.error, EOFError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ScriptError(f"{path}: not JSON (or not gzip, if it ends in .gz): {error}") from error
     except OSError as error:
@@ -211,10 +206,11 @@ def read_squad_file(path):
         raise ScriptError(f"{path}: not SQuAD's layout: no key {error} {place}") from error
     except (TypeError, ValueError, AttributeError) as error:  # pyarrow's errors are ValueErrors and TypeErrors
         raise ScriptError(f"{path}: not SQuAD's layout: {str(error).splitlines()[0]} {place}") from error
-    if not columns["id"]:
+    if not rows:
         raise ScriptError(f"{path}: no questions in it")
-    if len(set(columns["id"])) < len(columns["id"]):
-        raise ScriptError(f"{path}: question id {collections.Counter(columns['id']).most_common(1)[0][0]} occurs twice")
+    id_, count = collections.Counter(row["id"] for row in rows).most_common(1)[0]
+    if count > 1:
+        raise ScriptError(f"{path}: question id {id_} occurs twice")
     return dataset, hashlib.sha256(content).hexdigest()
 
 
@@ -305,13 +301,9 @@ def load_data(options):
         way_out = "name a directory, or run with --prepare where the hub can be reached"
         raise ScriptError(f"--model {options.model}: no checkpoint ({type(error).__name__}); {way_out}") from error
     if config.model_type != "bert":
-        raise ScriptError(
-            f"--model {options.model}: a {config.model_type} checkpoint, but only BERT is fine-tuned here"
-        )
+        raise ScriptError(f"--model {options.model}: a {config.model_type} checkpoint, but this is for BERT only")
     if options.max_length > config.max_position_embeddings:
-        raise ScriptError(
-            f"--max-length {options.max_length}: the model has {config.max_position_embeddings} positions"
-        )
+        raise ScriptError(f"--max-length {options.max_length}: {options.model} has {config.max_position_embeddings}")
     recipe = tokenizer.backend_tokenizer.to_str() + inspect.getsource(make_features)
     arguments = {"tokenizer": tokenizer, "max_length": options.max_length, "doc_stride": options.doc_stride}
     loaded, data = {}, {}
@@ -421,7 +413,12 @@ def make_optimizer(model, options, steps):
         {"params": [weight for weight in model.parameters() if weight.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=options.lr, fused=True)
-    return optimizer, transformers.get_linear_schedule_with_warmup(optimizer, round(options.warmup * steps), steps)
+    warmup = max(1, round(options.warmup * steps))
+
+    def rate(step):  # never 0: with transformers' schedule the first step would be for nothing
+        return min((step + 1) / warmup, (steps - step) / (steps - warmup + 1))
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
 
 
 # training -------------------------------------------------------------------------------------------------------------
@@ -498,6 +495,7 @@ def train_epoch(model, optimizer, schedule, features, batches, first_step, optio
         pending.append(backward(model, passes, len(batch), options, device))
         torch.nn.utils.clip_grad_norm_(model.parameters(), options.max_grad_norm)
         optimizer.step()
+        learning_rate = schedule.get_last_lr()[0]
         schedule.step()
         optimizer.zero_grad()
         if step % LOG_EVERY[device.type] and step != first_step + len(batches):
@@ -512,7 +510,7 @@ def train_epoch(model, optimizer, schedule, features, batches, first_step, optio
             if not math.isfinite(loss):
                 raise ScriptError(f"stopped: the loss is {loss} at step {first_step + len(losses)}", 1)
         step_seconds += [seconds / len(fresh)] * len(fresh)
-        write_scalars(writer, step, {"train/lr": schedule.get_last_lr()[0], "train/features_per_s": features_per_s})
+        write_scalars(writer, step, {"train/lr": learning_rate, "train/features_per_s": features_per_s})
         show_progress(bar, step, fresh, seconds, features_per_s)
     synchronize(device)
     return time.perf_counter() - start, losses, step_seconds, input_seconds
@@ -539,10 +537,8 @@ def train(model, features, epochs, questions, dev_features, options, device, wri
         quality, answers = evaluate(model, questions, dev_features, options, device)
         evaluate_seconds += time.perf_counter() - evaluate_start
         quality = {"train_loss": float(np.mean(losses[-len(batches) :]))} | quality
-        scalars = {
-            f"dev/{name}": value for name, value in quality.items() if name != "train_loss" and value is not None
-        }
-        write_scalars(writer, len(losses), scalars)
+        known = {name: value for name, value in quality.items() if value is not None}
+        write_scalars(writer, len(losses), {f"epoch/{name}": value for name, value in known.items()})
         figures = [f"{name} {quality[name]:.3f}" for name in ("dev_loss", "exact", "f1", "best_f1")]
         log(f"after {len(losses)} steps: {'  '.join(figures)}")
     bar.close()

@@ -115,11 +115,18 @@ def test_the_common_mistakes_do_not_pass(train, arguments, tmp_path, right, wron
 def test_what_a_run_leaves_behind(train):
     run = train("distributed.py", 2)
     record, scalars = run["record"], run["scalars"]
-    assert set(scalars) >= {"train/loss", "train/lr", "train/features_per_s", "dev/dev_loss", "dev/exact", "dev/f1"}
+    assert set(scalars) >= {
+        "train/loss",
+        "train/lr",
+        "train/features_per_s",
+        "epoch/dev_loss",
+        "epoch/exact",
+        "epoch/f1",
+    }
     steps = record["work"]["steps"]
     assert list(scalars["train/loss"]) == list(range(1, steps + 1))
-    assert scalars["train/lr"][steps] == 0
-    assert scalars["dev/f1"] == {steps: pytest.approx(record["quality"]["f1"])}
+    assert list(scalars["train/lr"].values()) == pytest.approx([5e-4 * rate for rate in (1, 3 / 4, 2 / 4, 1 / 4)])
+    assert scalars["epoch/f1"] == {steps: pytest.approx(record["quality"]["f1"])}
     assert set(run["no_answer_scores"]) == set(run["answers"])
     answered = {id_ for id_, score in run["no_answer_scores"].items() if score <= 0}
     assert answered == {id_ for id_, text in run["answers"].items() if text}
