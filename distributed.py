@@ -168,10 +168,18 @@ def host_name():
 
 
 def select_device(options):
-    """Return the device to train on; sets threads and the precision of matrix products."""
+    """Return the device to train on; sets threads, the precision and that of matrix products."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     on_gpu = device.type == "cuda"
+    if (
+        not on_gpu
+        and Path("/dev/nvidiactl").exists()
+        and os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1")
+    ):
+        raise ScriptError(
+            f"there is a GPU, but torch {torch.__version__} cannot use it: see nvidia-smi for its driver's CUDA"
+        )
     torch.set_num_threads(options.threads or torch.get_num_threads())
     has_bf16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
     options.precision = options.precision or ("bf16" if on_gpu and has_bf16 else "fp32")
@@ -186,12 +194,14 @@ def select_device(options):
 def join_group(options, device):
     """Join the process group of the ranks that torchrun started; raise ScriptError where there is none."""
     if "RANK" not in os.environ:
-        launch = "torchrun --standalone --nproc-per-node=2 distributed.py ..."
+        launch = "torchrun --standalone --nproc-per-node=2 -- distributed.py ..."
         raise ScriptError(f"its ranks are started by torchrun: {launch} (or: bash run_ddp.sh ...)")
     world_size = int(os.environ["WORLD_SIZE"])
     if world_size > options.batch_size:
         raise ScriptError(f"{world_size} workers cannot share batches of {options.batch_size}: raise --batch-size")
     if device.type == "cuda":
+        if device.index >= torch.cuda.device_count():
+            raise ScriptError(f"more workers than the {torch.cuda.device_count()} GPUs of host {host_name()}")
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device)
     else:
@@ -336,7 +346,7 @@ def load_data(options):
     if config.model_type != "bert":
         raise ScriptError(f"--model {options.model}: a {config.model_type} checkpoint, but this is for BERT only")
     if options.max_length > config.max_position_embeddings:
-        raise ScriptError(f"--max-length {options.max_length}: {options.model} has {config.max_position_embeddings}")
+        raise ScriptError(f"--max-length {options.max_length}: the model's limit is {config.max_position_embeddings}")
     recipe = tokenizer.backend_tokenizer.to_str() + inspect.getsource(make_features)
     arguments = {"tokenizer": tokenizer, "max_length": options.max_length, "doc_stride": options.doc_stride}
     loaded, data = {}, {}
@@ -404,12 +414,14 @@ def load_passes(batches, features, options, device):
         round_to=64 if options.compile else 1,  # each width is compiled anew: six of them, up to 384
     )
     # The "dataset" is the indices themselves, so that collate reads a whole pass from the table at once.
+    on_gpu = device.type == "cuda"
     return DataLoader(
         range(len(features)),
         batch_sampler=batches,
         collate_fn=make_passes,
-        num_workers=2 if device.type == "cuda" else 0,
-        pin_memory=device.type == "cuda",
+        num_workers=2 if on_gpu else 0,
+        multiprocessing_context="fork" if on_gpu else None,  # the others would import everything anew
+        pin_memory=on_gpu,
     )
 
 
@@ -470,12 +482,15 @@ def forward(model, inputs, options, device):
     The loss is the mean over the features of start's and end's cross-entropy over the tokens that are not padding.
     The model's own loss counts padding: a feature's loss would depend on the longest one beside it, so on world_size.
     """
+    has_padding = not inputs[
+        "attention_mask"
+    ].all()  # asked here, on the host: the model would ask, and wait for, a GPU
     inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
     positions = [inputs.pop("start_positions"), inputs.pop("end_positions")]
+    is_token = inputs.pop("attention_mask").bool()
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.precision == "bf16"):
-        output = model(**inputs)
-    padding = inputs["attention_mask"] == 0
-    logits = [logits.float().masked_fill(padding, -math.inf) for logits in (output.start_logits, output.end_logits)]
+        output = model(**inputs, attention_mask=is_token[:, None, None, :] if has_padding else None)
+    logits = [logits.float().masked_fill(~is_token, -math.inf) for logits in (output.start_logits, output.end_logits)]
     return sum(map(torch.nn.functional.cross_entropy, logits, positions)) / 2, *logits
 
 
@@ -616,7 +631,7 @@ def predict(model, features, indices, options, device):
     """Return (sum of the losses of the features at the indices, their best spans [n, 4])."""
     model.eval()
     by_length = np.argsort(np.array(features["length"])[indices], kind="stable")
-    size = options.micro_batch_size or options.batch_size
+    size = min(options.micro_batch_size or 48, options.batch_size)  # --batch-size is that of all workers
     batches = [indices[by_length[first : first + size]] for first in range(0, len(indices), size)]
     loss_sum, spans = torch.zeros((), device=device), [torch.zeros((0, 4), device=device)]
     for (inputs,) in load_passes(batches, features, options, device):
@@ -723,15 +738,14 @@ def write_predictions(path, answers):
     write_json(path.with_stem(f"{path.stem}-na"), {id_: score for _, id_, _, score, *_ in answers})
 
 
-def gather_workers(seconds, peak_bytes):
-    """Return (workers, hosts, seconds, peak_bytes) for the record: the largest over the ranks."""
+def gather_workers(measured):
+    """Return (workers, hosts, measured) for the record: the largest of each measured value over the ranks."""
     gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (host_name(), peak_bytes, seconds))
-    hosts, peaks, seconds_of_ranks = zip(*gathered, strict=True)
-    seconds = {name: np.max([of_rank[name] for of_rank in seconds_of_ranks], axis=0).tolist() for name in seconds}
+    dist.all_gather_object(gathered, (host_name(), measured))
+    hosts, of_ranks = zip(*gathered, strict=True)
+    measured = {name: np.max([of_rank[name] for of_rank in of_ranks], axis=0).tolist() for name in measured}
     nodes = int(os.environ["GROUP_WORLD_SIZE"])
-    workers = {"world_size": len(gathered), "nodes": nodes, "threads": torch.get_num_threads()}
-    return workers, sorted(set(hosts)), seconds, max(peaks)
+    return {"world_size": len(hosts), "nodes": nodes, "threads": torch.get_num_threads()}, sorted(set(hosts)), measured
 
 
 def peak_memory(device):
@@ -743,11 +757,8 @@ def peak_memory(device):
 
 def describe_environment(device, hosts):
     """Return what the run ran on: device, hosts, versions, the commit of this script, the Slurm job."""
-
-    def git(*arguments):
-        result = subprocess.run(["git", "-C", HERE, *arguments], capture_output=True, text=True)
-        return None if result.returncode else result.stdout.strip()
-
+    git = ["git", "-C", HERE, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()  # empty where there is no checkout
     on_gpu = device.type == "cuda"
     cpu_names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) or [os.uname().machine]
     return {
@@ -758,8 +769,8 @@ def describe_environment(device, hosts):
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else None,
         "transformers": transformers.__version__,
         "python": sys.version.split()[0],
-        "git_commit": git("rev-parse", "HEAD"),
-        "git_dirty": git("status", "--porcelain", "--untracked-files=no") not in (None, ""),
+        "git_commit": commit.removesuffix("-dirty") or None,
+        "git_dirty": commit.endswith("-dirty") if commit else None,
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
         "slurm_restarts": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
     }
@@ -767,7 +778,9 @@ def describe_environment(device, hosts):
 
 def make_record(options, model, device, started, data, trained, seconds, input_seconds, quality):
     """Return the timing record; `trained` are the token counts of the features of each global batch."""
-    workers, hosts, seconds, peak_bytes = gather_workers(seconds, peak_memory(device))
+    measured = {**seconds, "input": input_seconds, "peak_bytes": peak_memory(device)}
+    workers, hosts, measured = gather_workers(measured)
+    seconds = {name: measured[name] for name in seconds} | {"train": sum(measured["train_epochs"])}
     environment = describe_environment(device, hosts)
     settings = ["epochs", "micro_batch_size", "max_length", "doc_stride", "precision", "compile", "lr", "seed"]
     features, tokens = sum(map(len, trained)), int(sum(map(sum, trained)))
@@ -792,13 +805,13 @@ def make_record(options, model, device, started, data, trained, seconds, input_s
         },
         "environment": environment,
         "seconds": seconds,
-        "step": {"compute": None, "communication": None, "input": input_seconds, "warm_up_steps": None},
+        "step": {"compute": None, "communication": None, "input": measured["input"], "warm_up_steps": None},
         "throughput": {
             "features_per_s": features / seconds["train"],
             "tokens_per_s": tokens / seconds["train"],
             "mfu": flop / seconds["train"] / (peak * workers["world_size"]) if peak else None,
         },
-        "memory": {"peak_bytes": peak_bytes},
+        "memory": {"peak_bytes": measured["peak_bytes"]},
         "quality": quality,
         "restarts": {"resumed": 0, "steps_repeated": 0},
     }  # fmt: skip
@@ -828,7 +841,7 @@ def read_records(directory):
             }
             if record["environment"]["nccl"]:  # a worker is a GPU there, whatever threads feed it
                 del record["compared"]["workers.threads"]
-            scaling_row([record], [record])  # has what a row needs
+            format_table([scaling_row(group, group) for group in group_records([record])])  # has all that a row needs
             records.append(record)
         except KeyError as error:
             print(f"{path}: skipped: no timing record: no key {error}", file=sys.stderr)
@@ -842,7 +855,7 @@ def group_records(records):
     groups = collections.defaultdict(list)
     for record in records:
         work, workers = record["work"], record["workers"]
-        batch = work["global_batch_size"], work["micro_batch_size"]
+        batch = work["global_batch_size"], work["micro_batch_size"], work["lr"]
         key = record["script"], workers["world_size"], workers["nodes"], *batch, *record["compared"].values()
         groups[key].append(record)
     return list(groups.values())
@@ -1017,6 +1030,7 @@ def report(options):
 
 def main():
     started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said, or it warns when DataLoader forks
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -1028,18 +1042,17 @@ def main():
     if record_path.exists():
         log(f"run {options.run} is finished: {record_path} is there; for another one give another --run")
         return
-    device = select_device(options)
+    device = torch.device("cpu") if options.prepare else select_device(options)
     if not options.prepare:
         join_group(options, device)
     data_start = time.perf_counter()
     tokenizer, dev_questions, train_features, dev_features, data = load_data(options)
     data_seconds = time.perf_counter() - data_start
+    model = load_model(options, device)
     if options.prepare:
         return
-    model = load_model(options, device)
-    # No buffer of BERT changes in training; gradients that are views of the buckets need no copy.
     device_ids = [device] if device.type == "cuda" else None
-    parallel = DistributedDataParallel(model, device_ids, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    parallel = DistributedDataParallel(model, device_ids, forward_sync_buffers=False)  # BERT's buffers never change
     torch.manual_seed(options.seed + RANK)  # dropout of its own on every rank
     lengths = np.array(train_features["length"])
     epochs = [epoch_batches(lengths, options.batch_size, options.seed, epoch) for epoch in range(options.epochs)]
@@ -1067,7 +1080,10 @@ def main():
     record["seconds"]["total"] = time.perf_counter() - PROCESS_START
     write_json(record_path, record)
     log(f"{record_path}: {record['seconds']['train']:.1f} s of training, {record['seconds']['total']:.1f} s in all")
-    report(options)
+    try:
+        report(options)
+    except OSError as error:  # the training is done and its record written, whatever becomes of the report
+        print(f"no report: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":
