@@ -16,7 +16,7 @@ RECORD = {
     "work": {
         "model": "bert", "parameters": 100, "random_init": False, "sha256": "a", "dev_sha256": "b", "features": 1000,
         "trained_features": 2000, "epochs": 2, "max_length": 384, "doc_stride": 128, "precision": "bf16",
-        "compile": False, "dropout": 0.1, "optimizer": "AdamW", "global_batch_size": 48, "micro_batch_size": None,
+        "compile": False, "dropout": 0.1, "optimizer": "AdamW", "global_batch_size": 48, "micro_batch_size": None, "lr": 5e-5,
     },
     "environment": {"device": "EPYC", "torch": "2.13.0", "nccl": None},
     "seconds": {"train": 800.0, "total": 900.0},
@@ -64,8 +64,8 @@ def test_figures_by_hand(tmp_path):
     assert four["n"] == 1 and four["features_per_s"] == 8
 
 
-def test_published_example_of_karp_and_flatt(tmp_path):
-    """Karp and Flatt (1990), table 2's pattern: 5 % serial work on 16 processors gives S = 9.14 and e = 0.05."""
+def test_amdahls_serial_fraction_is_found_again(tmp_path):
+    """5 % serial work on 16 processors: S = 9.14 by Amdahl's law."""
     speedup = 1 / (0.05 + 0.95 / 16)
     rows, _ = scale([record("base", script="baseline"), record("p", 16, 800 / speedup)], tmp_path)
     assert row_of(rows, "p")["serial_fraction"] == pytest.approx(0.05)
@@ -152,11 +152,13 @@ def test_report_as_a_user_starts_it(tmp_path):
         (results / f"{one['run']}.json").write_text(json.dumps(one))
     (results / "damaged.json").write_text('{"schema": 1')
     (results / "other.json").write_text('{"schema": 7}')
+    (results / "unscored.json").write_text(json.dumps(record("unscored", 2, 390, quality__f1=None)))
     process = report(tmp_path)
     assert process.returncode == 0, process.stderr
     assert [line.split(":")[0] for line in process.stderr.splitlines()] == [
         "results/damaged.json",
         "results/other.json",
+        "results/unscored.json",
     ]
     lines = process.stdout.splitlines()
     assert "3.20" in next(line for line in lines if "DDP strong" in line and line.split()[0] == "4")

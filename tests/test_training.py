@@ -68,6 +68,8 @@ def check_same(run, base):
     assert {name: quality[name] for name in ("exact", "f1")} == {name: wanted[name] for name in ("exact", "f1")}
     assert list(run["answers"]) == list(base["answers"])  # the union over the ranks: each question once, in order
     assert run["answers"] == base["answers"]
+    assert quality["best_span_f1"] == pytest.approx(wanted["best_span_f1"])
+    assert run["no_answer_scores"] == pytest.approx(base["no_answer_scores"], rel=1e-3, abs=1e-3)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -147,11 +149,33 @@ def test_what_a_run_leaves_behind(train):
     assert names == ["r.json", "speedup.json"]  # no figure without a baseline
 
 
-def test_the_saved_model_answers(train):
-    directory = train("baseline.py")["directory"] / "checkpoints/r/model"
-    model = transformers.BertForQuestionAnswering.from_pretrained(directory)
-    inputs = transformers.AutoTokenizer.from_pretrained(directory)("Who?", "Ada Lovelace.", return_tensors="pt")
-    assert torch.isfinite(model(**inputs).start_logits).all()
+def test_the_saved_model_gives_the_same_answers(train, arguments, monkeypatch, tmp_path):
+    run = train("baseline.py")
+    path = str(run["directory"] / "checkpoints/r/model")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["baseline.py", *map(str, arguments), "--model", path])
+    options = baseline.parse_options(baseline.build_parser())
+    options.precision = "fp32"
+    _, questions, _, features, _ = baseline.load_data(options)
+    model = transformers.BertForQuestionAnswering.from_pretrained(path)
+    quality, answers = baseline.evaluate(model, questions, features, options, torch.device("cpu"))
+    assert quality["dev_loss"] == pytest.approx(run["record"]["quality"]["dev_loss"], rel=1e-5)
+    assert {id_: score for _, id_, _, score, *_ in answers} == pytest.approx(
+        run["no_answer_scores"], rel=1e-4, abs=1e-4
+    )
+
+
+def test_prepare_fetches_the_weights_too(arguments, tmp_path, monkeypatch):
+    loaded = []
+    load = transformers.BertForQuestionAnswering.from_pretrained
+    monkeypatch.setattr(
+        transformers.BertForQuestionAnswering, "from_pretrained", lambda *a, **k: loaded.append(a) or load(*a, **k)
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["baseline.py", *map(str, arguments), "--prepare", "--run", "p"])
+    baseline.main()
+    assert loaded == [(ENCODER,)]
+    assert not list(tmp_path.glob("results/*")) and not list(tmp_path.glob("logs/*"))
 
 
 def test_a_finished_run_is_left_alone(train, arguments):
@@ -189,5 +213,7 @@ def test_the_loss_does_not_see_padding():
         inputs |= {"start_positions": torch.tensor([3]), "end_positions": torch.tensor([5])}
         losses.append(baseline.forward(model, dict(inputs), options, torch.device("cpu"))[0].item())
         own.append(model(**inputs).loss.item())
+        logits = baseline.forward(model, dict(inputs), options, torch.device("cpu"))[1][:, :30]
+        assert torch.allclose(logits, model(**inputs).start_logits[:, :30], atol=1e-5)  # the mask is the model's own
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) == pytest.approx(own[0], rel=1e-5)
     assert abs(own[1] - own[0]) > 0.1

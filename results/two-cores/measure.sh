@@ -4,6 +4,7 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cd "$here/../.."
 bash run_baseline.sh --prepare --sample
+rm -f "$here"/*.json # a finished run is not repeated
 options=(--sample --results "$here")
 export OMP_NUM_THREADS=1
 for repetition in 1 2 3; do
