@@ -16,7 +16,8 @@ RECORD = {
     "work": {
         "model": "bert", "parameters": 100, "random_init": False, "sha256": "a", "dev_sha256": "b", "features": 1000,
         "trained_features": 2000, "epochs": 2, "max_length": 384, "doc_stride": 128, "precision": "bf16",
-        "compile": False, "dropout": 0.1, "optimizer": "AdamW", "global_batch_size": 48, "micro_batch_size": None, "lr": 5e-5,
+        "compile": False, "dropout": 0.1, "optimizer": "AdamW", "global_batch_size": 48,
+        "micro_batch_size": None, "lr": 5e-5,
     },
     "environment": {"device": "EPYC", "torch": "2.13.0", "nccl": None},
     "seconds": {"train": 800.0, "total": 900.0},
