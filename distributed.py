@@ -867,6 +867,10 @@ def differences(record, base):
     return {name: [of_base.get(name), value] for name, value in fields.items() if of_base.get(name) != value}
 
 
+def train_seconds(group):
+    return [record["seconds"]["train"] for record in group]
+
+
 def scaling_row(group, base):
     """Return the figures of a group of records against the base group; the ratios are of medians of seconds.
 
@@ -878,7 +882,7 @@ def scaling_row(group, base):
         values = [of[section][key] for of in records if of[section][key] is not None]
         return float(np.median(values)) if values else None
 
-    seconds = [of["seconds"]["train"] for of in group]
+    seconds = train_seconds(group)
     row = {
         "mode": "baseline" if record["script"] == "baseline" else "DDP",
         "runs": [of["run"] for of in group],
@@ -898,7 +902,7 @@ def scaling_row(group, base):
     if record["script"] != "baseline":
         same_batch = row["global_batch_size"] == base[0]["work"]["global_batch_size"]
         row["mode"] = "DDP strong" if same_batch else "DDP weak"
-    base_seconds = [of["seconds"]["train"] for of in base]
+    base_seconds = train_seconds(base)
     speedup = float(np.median(base_seconds)) / row["train_seconds"]
     row |= {"base_runs": [of["run"] for of in base], "speedup": speedup, "efficiency": speedup / workers}
     row["speedup_range"] = [min(base_seconds) / max(seconds), max(base_seconds) / min(seconds)]
@@ -915,17 +919,17 @@ def scaling_rows(groups):
         batch = group[0]["work"]["global_batch_size"]
         comparable = [base for base in bases if not differences(group[0], base[0])]
         # The same batch before another one, and of those the fastest: a slow base would flatter the parallel runs.
-        other_batch = [base[0]["work"]["global_batch_size"] != batch for base in comparable]
-        seconds = [np.median([of["seconds"]["train"] for of in base]) for base in comparable]
-        best = min(zip(other_batch, seconds, comparable, strict=True), key=lambda choice: choice[:2], default=[None])[
-            -1
-        ]
+        best = min(
+            comparable,
+            key=lambda base: (base[0]["work"]["global_batch_size"] != batch, np.median(train_seconds(base))),
+            default=None,
+        )
         rows.append(scaling_row(group, best))
         if bases and not best:
             fields = min((differences(group[0], base[0]) for base in bases), key=len)
             excluded.append({"runs": rows[-1]["runs"], "differs": fields})
     order = ["baseline", "DDP", "DDP strong", "DDP weak"]
-    rows.sort(key=lambda row: ("speedup" not in row, order.index(row["mode"]), row["workers"], row["nodes"]))
+    rows.sort(key=lambda row: (row.get("base_runs", ["~"]), order.index(row["mode"]), row["workers"], row["nodes"]))
     return rows, excluded
 
 
@@ -957,25 +961,21 @@ def draw_scaling(rows, path):
     figure = matplotlib.figure.Figure(figsize=(7.2, 3.2), layout="constrained")
     axes = figure.subplots(1, 2)
     most = max(row["workers"] for row in rows)
+    series = collections.defaultdict(list)
+    for row in rows:
+        series[row["mode"], row["precision"], row["base_runs"][0]].append(row)
     ticks = [2**power for power in range(math.ceil(math.log2(most)) + 1)]
     for axis, name, ideal in ((axes[0], "speedup", [1, most]), (axes[1], "efficiency", [1, 1])):
         axis.plot([1, most], ideal, color="0.4", linestyle="--", linewidth=1, label="ideal")
-        for mode, marker in (("baseline", "s"), ("DDP strong", "o"), ("DDP weak", "^")):
-            chosen = sorted((row for row in rows if row["mode"] == mode), key=lambda row: row["workers"])
-            if not chosen:
-                continue
+        for (mode, precision, _), chosen in series.items():
             workers, values = [row["workers"] for row in chosen], [row[name] for row in chosen]
-            scale = workers if name == "efficiency" else [1] * len(workers)
-            low, high = np.array([row["speedup_range"] for row in chosen]).T / scale
-            style = {
-                "marker": marker,
-                "markersize": 5,
-                "capsize": 3,
-                "linestyle": "none" if mode == "baseline" else "-",
-            }
-            label = f"{mode} (n = {'/'.join(str(row['n']) for row in chosen)})"
+            low, high = np.array([row["speedup_range"] for row in chosen]).T
+            if name == "efficiency":
+                low, high = low / workers, high / workers
             spread = np.maximum([values - low, high - values], 0)
-            axis.errorbar(workers, values, spread, label=label, markerfacecolor="white", **style)
+            label = f"{mode}, {precision} (n = {'/'.join(str(row['n']) for row in chosen)})"
+            style = {"baseline": "s", "DDP strong": "o-", "DDP weak": "^-."}[mode]
+            axis.errorbar(workers, values, spread, fmt=style, markersize=5, mfc="white", capsize=3, label=label)
         axis.set_xscale("log", base=2)
         axis.set_xticks(ticks, [str(tick) for tick in ticks])
         axis.set_xlabel("workers")
@@ -1002,10 +1002,8 @@ def report(options):
     rows, excluded = scaling_rows(groups)
     print(*format_table(rows), sep="\n")
     for entry in excluded:
-        reasons = ", ".join(
-            f"{name} {value!r} (baseline: {base!r})" for name, (base, value) in entry["differs"].items()
-        )
-        print(f"no ratio for {', '.join(entry['runs'])}: {reasons}")
+        reasons = [f"{name} {value!r} (baseline: {base!r})" for name, (base, value) in entry["differs"].items()]
+        print(f"no ratio for {', '.join(entry['runs'])}: {', '.join(reasons)}")
     compared = [row for row in rows if "speedup" in row]
     if not compared:
         print("no ratios: there is no record of baseline.py to compare with" if not excluded else "no ratios")
@@ -1019,12 +1017,10 @@ def report(options):
         return
     draw_scaling(compared, results / "speedup.png")
     shutil.rmtree(logs, ignore_errors=True)  # the curve of an earlier report
-    for mode in sorted({row["mode"] for row in compared}):
-        with SummaryWriter(str(logs / mode.replace(" ", "-"))) as writer:
-            for row in (row for row in compared if row["mode"] == mode):
-                write_scalars(
-                    writer, row["workers"], {f"scaling/{name}": row[name] for name in ("speedup", "efficiency")}
-                )
+    for row in compared:
+        with SummaryWriter(str(logs / f"{row['mode']} {row['precision']}".replace(" ", "-"))) as writer:
+            figures = {f"scaling/{name}": row[name] for name in ("speedup", "efficiency")}
+            write_scalars(writer, row["workers"], figures)
     print(f"written: {results / 'speedup.json'}, {results / 'speedup.png'}, {logs}")
 
 

@@ -169,7 +169,7 @@ def test_report_as_a_user_starts_it(tmp_path):
     written = json.loads((results / "speedup.json").read_text())
     assert written["schema"] == 1 and len(written["rows"]) == 4 and len(written["excluded"]) == 1
     assert (results / "speedup.png").read_bytes().startswith(b"\x89PNG")
-    curve = read_scalars(tmp_path / "logs/scaling/DDP-strong")
+    curve = read_scalars(tmp_path / "logs/scaling/DDP-strong-bf16")
     assert curve["scaling/speedup"] == {2: pytest.approx(800 / 390), 4: pytest.approx(3.2)}
     assert report(tmp_path).stdout == process.stdout  # its own files are no records
 
