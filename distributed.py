@@ -973,7 +973,7 @@ def draw_scaling(rows, path):
             if name == "efficiency":
                 low, high = low / workers, high / workers
             spread = np.maximum([values - low, high - values], 0)
-            label = f"{mode}, {precision} (n = {'/'.join(str(row['n']) for row in chosen)})"
+            label = f"{mode}, {precision} (n = {'/'.join(dict.fromkeys(str(row['n']) for row in chosen))})"
             style = {"baseline": "s", "DDP strong": "o-", "DDP weak": "^-."}[mode]
             axis.errorbar(workers, values, spread, fmt=style, markersize=5, mfc="white", capsize=3, label=label)
         axis.set_xscale("log", base=2)
@@ -981,11 +981,11 @@ def draw_scaling(rows, path):
         axis.set_xlabel("workers")
         axis.set_ylabel(f"{name} against the baseline")
         axis.grid(color="0.9")
-    fractions = [row["serial_fraction"] for row in rows if row["workers"] == most and (row["serial_fraction"] or 0) > 0]
+    strong = [row for row in rows if row["mode"] == "DDP strong" and (row["serial_fraction"] or 0) > 0]
     axes[0].set_yscale("log", base=2)
     axes[0].set_ylim(0.7, 2.8 * most)
-    if fractions:  # where it lies far above, the legend alone says it
-        bound = 1 / min(fractions)
+    if strong:  # where it lies far above, the legend alone says it
+        bound = 1 / max(strong, key=lambda row: row["workers"])["serial_fraction"]
         axes[0].axhline(bound, color="0.4", linestyle=":", linewidth=1, label=f"bound 1/e = {bound:.3g}")
     axes[0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes[1].set_ylim(0, max(1.1, *(1.05 * row["efficiency"] for row in rows)))
