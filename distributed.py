@@ -758,7 +758,10 @@ def peak_memory(device):
 def describe_environment(device, hosts):
     """Return what the run ran on: device, hosts, versions, the commit of this script, the Slurm job."""
     git = ["git", "-C", HERE, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()  # empty where there is no checkout
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()  # empty outside a checkout
+    except OSError:  # no git on this node
+        commit = ""
     on_gpu = device.type == "cuda"
     cpu_names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) or [os.uname().machine]
     return {
