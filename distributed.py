@@ -112,7 +112,7 @@ def sample_defaults():
         "train_file": str(HERE / "sample/train.json"),
         "dev_file": str(HERE / "sample/dev.json"),
         "batch_size": 24,
-        "micro_batch_size": 12,
+        "micro_batch_size": 6,
         "lr": 2e-4,
         "threads": 1,  # what each of two workers has on two cores: "one worker" means the same in both scripts
     }

@@ -25,7 +25,7 @@ def answerable(source, count, path):
 def test_the_encoder_learns(squad_folder, tmp_path):
     files = ["--train-file", answerable(squad_folder / "train-v2.0-subset.json.gz", 4000, tmp_path / "train.json")]
     files += ["--dev-file", answerable(DEV_SET, 400, tmp_path / "dev.json"), "--model", ENCODER, "--threads", "2"]
-    command = [*files, "--batch-size", "24", "--micro-batch-size", "12", "--epochs", "1"]
+    command = [*files, "--batch-size", "24", "--micro-batch-size", "6", "--epochs", "1"]
     quality = {}
     for run, more in (("untrained", ["--lr", "0", "--max-steps", "1"]), ("trained", ["--lr", "2e-4"])):
         process = run_script("baseline.py", [*command, *more, "--run", run], tmp_path)
