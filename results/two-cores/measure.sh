@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# The records beside this file: three runs of the sample on each number of workers, in turn. About twenty minutes.
+# The records beside this file: runs of the sample by the baseline, one and two workers, in turn; seven minutes a round.
+#
+#   bash results/two-cores/measure.sh [ROUNDS]
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cd "$here/../.."
@@ -7,10 +9,10 @@ bash run_baseline.sh --prepare --sample
 rm -f "$here"/*.json # a finished run is not repeated
 options=(--sample --results "$here")
 export OMP_NUM_THREADS=1
-for repetition in 1 2 3; do
-    .venv/bin/python baseline.py "${options[@]}" --run "baseline-$repetition"
+for ((round = 1; round <= ${1:-2}; round++)); do
+    .venv/bin/python baseline.py "${options[@]}" --run "baseline-$round"
     for workers in 1 2; do
         .venv/bin/torchrun --standalone --nproc-per-node=$workers -- distributed.py "${options[@]}" \
-            --run "workers-$workers-$repetition"
+            --run "workers-$workers-$round"
     done
 done
