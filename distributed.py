@@ -987,8 +987,10 @@ def draw_scaling(rows, path):
     strong = [row for row in rows if row["mode"] == "DDP strong" and (row["serial_fraction"] or 0) > 0]
     axes[0].set_yscale("log", base=2)
     axes[0].set_ylim(0.7, 2.8 * most)
-    if strong:  # where it lies far above, the legend alone says it
+    if strong:
         bound = 1 / max(strong, key=lambda row: row["workers"])["serial_fraction"]
+        if bound < 6 * most:  # where it lies far above, the legend alone says it
+            axes[0].set_ylim(0.7, 1.5 * max(2 * most, bound))
         axes[0].axhline(bound, color="0.4", linestyle=":", linewidth=1, label=f"bound 1/e = {bound:.3g}")
     axes[0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes[1].set_ylim(0, max(1.1, *(1.05 * row["efficiency"] for row in rows)))
