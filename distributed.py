@@ -994,7 +994,7 @@ def draw_scaling(rows, path):
         axes[0].axhline(bound, color="0.4", linestyle=":", linewidth=1, label=f"bound 1/e = {bound:.3g}")
     axes[0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes[1].set_ylim(0, max(1.1, *(1.05 * row["efficiency"] for row in rows)))
-    axes[0].legend(fontsize="small", frameon=False, loc="upper left")
+    axes[0].legend(fontsize="small", framealpha=1, edgecolor="none", loc="upper left")
     figure.savefig(path, dpi=200)
 
 
