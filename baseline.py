@@ -24,6 +24,7 @@ import math
 import os
 import re
 import resource
+import signal
 import socket
 import string
 import subprocess
@@ -44,6 +45,7 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 HUB_DATASET = "rajpurkar/squad_v2"
 LOG_EVERY = {"cpu": 1, "cuda": 20}  # steps; to read a loss the host waits for the device
+MEASURED_STEPS = {"cpu": 3, "cuda": 20}
 MAX_ANSWER_TOKENS = 30  # as Devlin et al.
 # Dense peak FLOP/s of NVIDIA's data sheets, by a part of the device's name.
 PEAK_FLOPS = {
@@ -59,36 +61,49 @@ class ScriptError(Exception):
 # options --------------------------------------------------------------------------------------------------------------
 
 
+def number(kind, low, high=math.inf):
+    """Return what reads an option's number, an int or a float from low to high."""
+
+    def read(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text}: must be from {low} to {high}")
+        return kind(text)
+
+    read.__name__ = kind.__name__  # for argparse's own message
+    return read
+
+
 def build_parser():
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    add = parser.add_argument
+    add, count, share = parser.add_argument, number(int, 1), number(float, 0, 1)
     add("--model", default="google-bert/bert-base-uncased", help="a BERT checkpoint: hub name or directory")
     add("--train-file", help=f"SQuAD-layout .json or .json.gz (default: {HUB_DATASET} from the hub)")
     add("--dev-file", help="likewise, for evaluation")
     add("--sample", action="store_true", help="the embedded sample: its data, encoder, batch, rate, and one thread")
-    add("--epochs", type=int, default=2)
-    add("--batch-size", type=int, default=48, help="features of one optimizer step, over all workers")
-    add("--micro-batch-size", type=int, help="compute a worker's share of the batch in passes of at most N features")
-    add("--lr", type=float, default=5e-5, help="peak learning rate")
-    add("--warmup", type=float, default=0.1, help="share of the steps in which the rate rises")
-    add("--weight-decay", type=float, default=0.01)
-    add("--max-grad-norm", type=float, default=1.0, help="bound of the norm of the global batch's gradient")
-    add("--max-length", type=int, default=384, help="tokens of a feature, at most")
-    add("--doc-stride", type=int, default=128, help="tokens that neighbouring windows of a context share")
-    add("--dropout", type=float, help="default: the checkpoint's own")
+    add("--epochs", type=count, default=2)
+    add("--batch-size", type=count, default=48, help="features of one optimizer step, over all workers")
+    add("--micro-batch-size", type=count, help="compute a worker's share of the batch in passes of at most N features")
+    add("--lr", type=share, default=5e-5, help="peak learning rate")
+    add("--warmup", type=share, default=0.1, help="share of the steps in which the rate rises")
+    add("--weight-decay", type=share, default=0.01)
+    add("--max-grad-norm", type=number(float, 1e-9), default=1.0, help="bound of the global batch's gradient norm")
+    add("--max-length", type=count, default=384, help="tokens of a feature, at most")
+    add("--doc-stride", type=number(int, 0), default=128, help="tokens that neighbouring windows of a context share")
+    add("--dropout", type=number(float, 0, 0.9), help="default: the checkpoint's own")
     add("--precision", choices=["fp32", "tf32", "bf16"], help="default: bf16 on a GPU that has it, else fp32")
     add("--compile", action="store_true", help="compile the encoder's layers")
-    add("--threads", type=int, help="CPU threads of a worker (default: OMP_NUM_THREADS, else all cores)")
-    add("--seed", type=int, default=42)
-    add("--max-steps", type=int, help="stop after this many optimizer steps")
+    add("--threads", type=count, help="CPU threads of a worker (default: OMP_NUM_THREADS, else all cores)")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=42)
+    add("--max-steps", type=count, help="stop after this many optimizer steps")
     add("--random-init", action="store_true", help="the architecture without its weights: to measure speed")
     add("--run", help="the run's name (default: the script's, with the Slurm job or the time)")
     add("--results", default="results", metavar="DIR", help="where timing records go")
     add("--logs", default="logs", metavar="DIR", help="where TensorBoard's files go")
-    add("--checkpoints", default="checkpoints", metavar="DIR", help="where trained models go")
+    add("--checkpoints", default="checkpoints", metavar="DIR", help="where checkpoints and trained models go")
+    add("--checkpoint-every", type=count, metavar="STEPS", help="default: only when asked to stop (SIGTERM)")
     add("--predictions", metavar="FILE", help="write {id: text} for the official scorer, and FILE-na beside it")
     add("--prepare", action="store_true", help="check, download and tokenise, then stop: for a login node")
     return parser
@@ -115,22 +130,12 @@ def parse_options(parser):
     """Return the command line's options; raise ScriptError where one cannot be used. Makes the output directories."""
 
     def refuse(message):  # argparse itself would print its usage too
-        raise ScriptError(message)
+        raise ScriptError(message.removeprefix("argument "))
 
     parser.error = refuse
     if parser.parse_known_args()[0].sample:
         parser.set_defaults(**sample_defaults())
     options = parser.parse_args()
-    at_least_1 = ["epochs", "batch_size", "micro_batch_size", "max_length", "threads", "max_steps"]
-    bounds = dict.fromkeys(at_least_1, (1, math.inf)) | {"doc_stride": (0, options.max_length - 4)}
-    bounds |= {"lr": (0, 1), "warmup": (0, 1), "weight_decay": (0, 1), "dropout": (0, 0.9), "seed": (0, 2**32 - 1)}
-    for name, (low, high) in bounds.items():
-        value = getattr(options, name)
-        if value is not None and not low <= value <= high:
-            allowed = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-            raise ScriptError(f"--{name.replace('_', '-')} {value}: must be {allowed}")
-    if not options.max_grad_norm > 0:
-        raise ScriptError(f"--max-grad-norm {options.max_grad_norm}: must be above 0")
     if bool(options.train_file) != bool(options.dev_file):
         raise ScriptError("give both --train-file and --dev-file, or neither")
     job = os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S", time.gmtime())
@@ -163,14 +168,8 @@ def select_device(options):
     """Return the device to train on; sets threads, the precision and that of matrix products."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     on_gpu = device.type == "cuda"
-    if (
-        not on_gpu
-        and Path("/dev/nvidiactl").exists()
-        and os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1")
-    ):
-        raise ScriptError(
-            f"there is a GPU, but torch {torch.__version__} cannot use it: see nvidia-smi for its driver's CUDA"
-        )
+    if not on_gpu and Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+        raise ScriptError(f"torch {torch.__version__} cannot use the GPU here: see nvidia-smi for its driver's CUDA")
     torch.set_num_threads(options.threads or torch.get_num_threads())
     has_bf16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
     options.precision = options.precision or ("bf16" if on_gpu and has_bf16 else "fp32")
@@ -182,30 +181,38 @@ def select_device(options):
     return device
 
 
+def watch_for_stop():
+    """Return a list that SIGTERM will add to: Slurm's warning before the end of a job's time, or a preemption."""
+    asked = []
+    signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+    return asked
+
+
 # data -----------------------------------------------------------------------------------------------------------------
 
 
 def read_squad_file(path):
     """Read a file in SQuAD's layout, .json or .json.gz: (Dataset with the hub's columns, SHA-256 of the file)."""
-    rows, place = [], "before the first question"
+    rows, place = {}, "before the first question"
     try:
         content = Path(path).read_bytes()
         articles = json.loads(gzip.decompress(content) if path.endswith(".gz") else content)["data"]
         for paragraph in (paragraph for article in articles for paragraph in article["paragraphs"]):
             context = paragraph["context"]
             for question in paragraph["qas"]:
-                place = f"at question {question['id']}"
+                id_ = question["id"]
+                place = f"at question {id_}"
                 answers = {key: [answer[key] for answer in question["answers"]] for key in ("text", "answer_start")}
                 for text, start in zip(*answers.values(), strict=True):
                     if start < 0 or not text.strip() or context[start : start + len(text)] != text:
                         raise ScriptError(f"{path}: the answer {text!r} is not at its answer_start {start} {place}")
                 if not context.strip():
                     raise ScriptError(f"{path}: empty context {place}")
-                rows.append(
-                    {key: question[key] for key in ("id", "question")} | {"context": context, "answers": answers}
-                )
+                if id_ in rows:
+                    raise ScriptError(f"{path}: question id {id_} occurs twice")
+                rows[id_] = {"id": id_, "question": question["question"], "context": context, "answers": answers}
             place = f"after {place.split(' ', 1)[1]}"
-        dataset = datasets.Dataset.from_list(rows)
+        dataset = datasets.Dataset.from_list(list(rows.values()))
     except (gzip.BadGzipFile, zlib.error, EOFError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ScriptError(f"{path}: not JSON (or not gzip, if it ends in .gz): {error}") from error
     except OSError as error:
@@ -216,9 +223,6 @@ def read_squad_file(path):
         raise ScriptError(f"{path}: not SQuAD's layout: {str(error).splitlines()[0]} {place}") from error
     if not rows:
         raise ScriptError(f"{path}: no questions in it")
-    id_, count = collections.Counter(row["id"] for row in rows).most_common(1)[0]
-    if count > 1:
-        raise ScriptError(f"{path}: question id {id_} occurs twice")
     return dataset, hashlib.sha256(content).hexdigest()
 
 
@@ -301,7 +305,7 @@ def load_features(questions, key, **arguments):
 
 
 def load_data(options):
-    """Return (tokenizer, dev questions, train features, dev features, what the record says of the data)."""
+    """Return (tokenizer, train features, (dev questions, dev features), what the record says of them)."""
     try:
         config = transformers.AutoConfig.from_pretrained(options.model)
         tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
@@ -312,25 +316,22 @@ def load_data(options):
         raise ScriptError(f"--model {options.model}: a {config.model_type} checkpoint, but this is for BERT only")
     if options.max_length > config.max_position_embeddings:
         raise ScriptError(f"--max-length {options.max_length}: the model's limit is {config.max_position_embeddings}")
-    recipe = tokenizer.backend_tokenizer.to_str() + inspect.getsource(make_features)
-    arguments = {"tokenizer": tokenizer, "max_length": options.max_length, "doc_stride": options.doc_stride}
-    loaded, data = {}, {}
-    for split, path in (("train", options.train_file), ("validation", options.dev_file)):
+    arguments = {"max_length": options.max_length, "doc_stride": options.doc_stride}
+    recipe = f"{arguments} {tokenizer.backend_tokenizer.to_str()} {inspect.getsource(make_features)}"
+    loaded, counts = [], {}
+    for split, path, prefix in (("train", options.train_file, ""), ("validation", options.dev_file, "dev_")):
         questions, sha256 = read_squad_file(path) if path else read_hub(split)
-        key = hashlib.sha256(f"{sha256} {options.max_length} {options.doc_stride} {recipe}".encode()).hexdigest()
-        features = load_features(questions, key, **arguments)
-        loaded[split] = questions, features
-        counts = {
-            "dataset": Path(path).name if path else f"{HUB_DATASET} {split}",
-            "sha256": sha256,
-            "questions": len(questions),
-            "impossible": sum(not answers["text"] for answers in questions["answers"]),
-            "features": len(features),
-            "tokens": sum(features["length"]),
-        }
-        data |= {name if split == "train" else f"dev_{name}": value for name, value in counts.items()}
-        log("{dataset}: {questions:,} questions, {impossible:,} impossible; {features:,} features".format(**counts))
-    return tokenizer, loaded["validation"][0], loaded["train"][1], loaded["validation"][1], data
+        key = hashlib.sha256(f"{sha256} {recipe}".encode()).hexdigest()
+        features = load_features(questions, key, tokenizer=tokenizer, **arguments)
+        loaded.append((questions, features))
+        name = Path(path).name if path else f"{HUB_DATASET} {split}"
+        impossible = sum(not answers["text"] for answers in questions["answers"])
+        counts |= {f"{prefix}dataset": name, f"{prefix}sha256": sha256, f"{prefix}questions": len(questions)}
+        counts |= {f"{prefix}impossible": impossible, f"{prefix}features": len(features)}
+        counts |= {f"{prefix}tokens": sum(features["length"])}
+        log(f"{name}: {len(questions):,} questions, {impossible:,} impossible; {len(features):,} features")
+    (_, train_features), dev = loaded
+    return tokenizer, train_features, dev, counts
 
 
 def epoch_batches(lengths, batch_size, seed, epoch):
@@ -347,15 +348,22 @@ def epoch_batches(lengths, batch_size, seed, epoch):
     return [batches[index] for index in generator.permutation(len(batches))]
 
 
+def plan_epochs(lengths, options):
+    """Return the global batches of each epoch, up to --max-steps."""
+    epochs, left = [], options.max_steps or sys.maxsize
+    for epoch in range(options.epochs):
+        epochs.append(epoch_batches(lengths, options.batch_size, options.seed, epoch)[:left])
+        left -= len(epochs[-1])
+    return [batches for batches in epochs if batches]
+
+
 def collate(indices, features, pass_size, round_to):
     """Return the features as passes of at most pass_size: dicts of tensors [n, length], padded to the longest."""
     passes = []
     for first in range(0, len(indices), pass_size):
         rows = features[indices[first : first + pass_size]]
-        lengths, positions = (
-            np.array(rows["length"])[:, None],
-            np.arange(-(-max(rows["length"]) // round_to) * round_to),
-        )
+        lengths = np.array(rows["length"])[:, None]
+        positions = np.arange(-(-lengths.max() // round_to) * round_to)
         input_ids = np.zeros((len(lengths), len(positions)), dtype=np.int64)  # 0 is BERT's [PAD]
         input_ids[positions < lengths] = np.concatenate(rows["input_ids"])
         arrays = {
@@ -387,6 +395,7 @@ def load_passes(batches, features, options, device):
         num_workers=2 if on_gpu else 0,
         multiprocessing_context="fork" if on_gpu else None,  # the others would import everything anew
         pin_memory=on_gpu,
+        generator=torch.Generator(),  # or it would draw a seed from the random state that dropout uses
     )
 
 
@@ -416,19 +425,22 @@ def load_model(options, device):
     return model.to(device)
 
 
-def make_optimizer(model, options, steps):
-    """Return AdamW and its schedule over `steps`: linear warm-up, linear decay; biases and norms do not decay."""
+def make_optimizer(model, options):
+    """Return AdamW; biases and norms do not decay."""
     groups = [
         {"params": [weight for weight in model.parameters() if weight.ndim >= 2], "weight_decay": options.weight_decay},
         {"params": [weight for weight in model.parameters() if weight.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=options.lr, fused=True)
+    return torch.optim.AdamW(groups, lr=options.lr, fused=True)
+
+
+def learning_rate(step, steps, options):
+    """Return the rate of a step from 1 to steps: linear warm-up, linear decay.
+
+    Never 0, which would waste a step: transformers' schedule begins and ends with it.
+    """
     warmup = max(1, round(options.warmup * steps))
-
-    def rate(step):  # never 0: with transformers' schedule the first step would be for nothing
-        return min((step + 1) / warmup, (steps - step) / (steps - warmup + 1))
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    return options.lr * min(step / warmup, (steps - step + 1) / (steps - warmup + 1))
 
 
 # training -------------------------------------------------------------------------------------------------------------
@@ -446,9 +458,7 @@ def forward(model, inputs, options, device):
     The loss is the mean over the features of start's and end's cross-entropy over the tokens that are not padding.
     The model's own loss counts padding: a feature's loss would depend on the longest one beside it, so on world_size.
     """
-    has_padding = not inputs[
-        "attention_mask"
-    ].all()  # asked here, on the host: the model would ask, and wait for, a GPU
+    has_padding = not inputs["attention_mask"].all()  # asked on the host: the model would ask, and wait for, the GPU
     inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
     positions = [inputs.pop("start_positions"), inputs.pop("end_positions")]
     is_token = inputs.pop("attention_mask").bool()
@@ -469,18 +479,52 @@ def backward(model, passes, batch_size, options, device):
     return batch_loss
 
 
-def read_losses(losses):
-    """Return the losses of global batches as floats: the one place where training waits for the device."""
-    return torch.stack(losses).tolist()
+def read_losses(losses, asked):
+    """Return (the global batches' losses as floats, whether to stop): here alone does training wait for the device."""
+    return torch.stack(losses).tolist(), bool(asked)
+
+
+def optimize(model, optimizer, features, batches, first, steps, asked, options, device):
+    """Take an optimizer step on each global batch, after the `first` steps already done of `steps`.
+
+    Yields now and then, for the steps since the last time: (losses, seconds, seconds of waiting for input, whether to
+    stop). The clock runs from the first batch asked for to the last step done, through what the caller does meanwhile.
+    """
+    model.train()
+    synchronize(device)
+    start, waited, pending = time.perf_counter(), 0.0, []
+    loader = iter(load_passes(batches, features, options, device))
+    for step, batch in enumerate(batches, first + 1):
+        asked_at = time.perf_counter()
+        passes = next(loader)
+        waited += time.perf_counter() - asked_at
+        pending.append(backward(model, passes, len(batch), options, device))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), options.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, options)
+        optimizer.step()
+        optimizer.zero_grad()
+        at_checkpoint = options.checkpoint_every and step % options.checkpoint_every == 0
+        if step % LOG_EVERY[device.type] == 0 or at_checkpoint or step == first + len(batches):
+            losses, stop = read_losses(pending, asked)
+            end = time.perf_counter()
+            yield losses, end - start, waited, stop
+            start, waited, pending = end, 0.0, []
 
 
 def write_scalars(writer, step, scalars):
     for name, value in scalars.items():
         writer.add_scalar(name, value, step)
+    writer.flush()  # so that they show while it runs, and are never older than a checkpoint
 
 
-def show_progress(bar, step, losses, seconds, features_per_s):
-    """Move the bar on by the steps of `losses`, which took `seconds`; without a terminal print a line now and then."""
+def show_steps(bar, writer, step, losses, seconds, features_per_s, options):
+    """Show the steps up to `step`, of these losses: in TensorBoard, and on the bar or in a plain line now and then."""
+    for number, loss in enumerate(losses, step - len(losses) + 1):
+        write_scalars(writer, number, {"train/loss": loss, "train/lr": learning_rate(number, bar.total, options)})
+        if not math.isfinite(loss):
+            raise ScriptError(f"stopped: the loss is {loss} at step {number}", 1)
+    write_scalars(writer, step, {"train/features_per_s": features_per_s})
     text = f"loss {losses[-1]:.3f}  {features_per_s:.1f} features/s"
     if not bar.disable:
         bar.set_postfix_str(text, refresh=False)
@@ -490,74 +534,58 @@ def show_progress(bar, step, losses, seconds, features_per_s):
         log(f"step {step}/{bar.total}  {text}  {left} left")
 
 
-def train_epoch(model, optimizer, schedule, features, batches, first_step, options, device, writer, bar):
-    """Train on an epoch's global batches, first_step steps being done already.
+def train(model, optimizer, features, dev, epochs, state, save, asked, options, device, writer):
+    """Train on the epochs' global batches that `state` has not behind it, and evaluate after each epoch.
 
-    Returns (seconds, losses, step_seconds, input_seconds): the time from the first batch asked for to the last step
-    done, the device synchronised at both ends; then per step its loss, its time and its wait for input.
+    Brings forward `state`, what a checkpoint holds beside the weights; save(stop) writes a checkpoint where one is due.
+    Returns the last evaluation's (quality, answers).
+    """
+    seconds, last = state["seconds"], 0
+    steps = sum(map(len, epochs))
+    bar = tqdm(total=steps, initial=state["step"], unit="step", disable=None, dynamic_ncols=True)  # None: no terminal
+    for epoch, batches in enumerate(epochs):
+        first, last = last, last + len(batches)
+        todo = batches[max(0, state["step"] - first) :]
+        for losses, duration, waited, stop in optimize(
+            model, optimizer, features, todo, state["step"], steps, asked, options, device
+        ):
+            done = batches[state["step"] - first :][: len(losses)]
+            state["step"] += len(losses)
+            state["losses"] += losses
+            state["step_seconds"] += [duration / len(losses)] * len(losses)
+            state["input_seconds"] += [waited / len(losses)] * len(losses)
+            seconds["train_epochs"][epoch] += duration
+            show_steps(bar, writer, state["step"], losses, duration, sum(map(len, done)) / duration, options)
+            if state["step"] == last:
+                start = time.perf_counter()
+                quality, answers = evaluate(model, *dev, options, device)
+                seconds["evaluate"] += time.perf_counter() - start
+                quality = {"train_loss": float(np.mean(state["losses"][first:]))} | quality
+                known = {f"epoch/{name}": value for name, value in quality.items() if value is not None}
+                write_scalars(writer, last, known)
+                figures = [f"{name} {quality[name]:.3f}" for name in ("dev_loss", "exact", "f1", "best_f1")]
+                log(f"after {last} steps: {'  '.join(figures)}")
+            if state["step"] < steps:
+                save(stop)
+    bar.close()
+    return quality, answers
+
+
+def measure_step(model, features, batches, options, device):
+    """Return where a step's time goes, the medians of some batches in seconds; the optimizer takes no step.
+
+    compute: forward and backward passes; the rest is of several workers.
     """
     model.train()
-    losses, pending, step_seconds, input_seconds = [], [], [], []
-    synchronize(device)
-    start = read_at = time.perf_counter()
-    loader = iter(load_passes(batches, features, options, device))
-    for step, batch in enumerate(batches, first_step + 1):
-        asked_at = time.perf_counter()
-        passes = next(loader)
-        input_seconds.append(time.perf_counter() - asked_at)
-        pending.append(backward(model, passes, len(batch), options, device))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), options.max_grad_norm)
-        optimizer.step()
-        learning_rate = schedule.get_last_lr()[0]
-        schedule.step()
-        optimizer.zero_grad()
-        if step % LOG_EVERY[device.type] and step != first_step + len(batches):
-            continue
-        fresh, pending = read_losses(pending), []
-        seconds = time.perf_counter() - read_at
-        read_at += seconds
-        features_per_s = sum(map(len, batches[len(losses) : len(losses) + len(fresh)])) / seconds
-        for loss in fresh:
-            losses.append(loss)
-            write_scalars(writer, first_step + len(losses), {"train/loss": loss})
-            if not math.isfinite(loss):
-                raise ScriptError(f"stopped: the loss is {loss} at step {first_step + len(losses)}", 1)
-        step_seconds += [seconds / len(fresh)] * len(fresh)
-        write_scalars(writer, step, {"train/lr": learning_rate, "train/features_per_s": features_per_s})
-        show_progress(bar, step, fresh, seconds, features_per_s)
-    synchronize(device)
-    return time.perf_counter() - start, losses, step_seconds, input_seconds
-
-
-def train(model, features, epochs, questions, dev_features, options, device, writer, bar):
-    """Train on the epochs' global batches, bar.total steps in all, and evaluate after each.
-
-    Returns (seconds, median wait of a step for input, quality, answers); the last two of the last evaluation.
-    """
-    optimizer, schedule = make_optimizer(model, options, bar.total)
-    losses, train_epochs, step_seconds, input_seconds, evaluate_seconds = [], [], [], [], 0.0
-    for batches in epochs:
-        batches = batches[: bar.total - len(losses)]
-        if not batches:
-            break
-        seconds, *of_steps = train_epoch(
-            model, optimizer, schedule, features, batches, len(losses), options, device, writer, bar
-        )
-        train_epochs.append(seconds)
-        for values, more in zip((losses, step_seconds, input_seconds), of_steps, strict=True):
-            values += more
-        evaluate_start = time.perf_counter()
-        quality, answers = evaluate(model, questions, dev_features, options, device)
-        evaluate_seconds += time.perf_counter() - evaluate_start
-        quality = {"train_loss": float(np.mean(losses[-len(batches) :]))} | quality
-        known = {name: value for name, value in quality.items() if value is not None}
-        write_scalars(writer, len(losses), {f"epoch/{name}": value for name, value in known.items()})
-        figures = [f"{name} {quality[name]:.3f}" for name in ("dev_loss", "exact", "f1", "best_f1")]
-        log(f"after {len(losses)} steps: {'  '.join(figures)}")
-    bar.close()
-    seconds = {"train": sum(train_epochs), "train_epochs": train_epochs, "evaluate": evaluate_seconds, "total": 0.0}
-    seconds |= {"median": float(np.median(step_seconds)), "p95": float(np.percentile(step_seconds, 95))}
-    return seconds, float(np.median(input_seconds)), quality, answers
+    chosen = batches[:: math.ceil(len(batches) / MEASURED_STEPS[device.type])]
+    seconds = []
+    for batch, passes in zip(chosen, load_passes(chosen, features, options, device), strict=True):
+        synchronize(device)
+        start = time.perf_counter()
+        backward(model, passes, len(batch), options, device).item()  # .item() waits for the device
+        seconds.append(time.perf_counter() - start)
+        model.zero_grad()
+    return {"compute": float(np.median(seconds)), "imbalance": 0.0, "communication": 0.0}
 
 
 # answers --------------------------------------------------------------------------------------------------------------
@@ -673,15 +701,91 @@ def evaluate(model, questions, features, options, device):
     return {"dev_loss": loss_sum / len(features)} | summarize(answers, has_answer), answers
 
 
-# record ---------------------------------------------------------------------------------------------------------------
+# checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path, write):
+    """Have write(file) fill a file beside the path's and rename it: a kill at any moment leaves the old or the new."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch turns the one into the other
+        partial.unlink(missing_ok=True)
+        raise ScriptError(f"{path}: cannot be written; what was there before stays: {error}", 1) from error
 
 
 def write_json(path, content):
-    """Write atomically: a reader, or a kill at any moment, finds the old file or the whole new one."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
-        json.dump(content, file, indent=2, allow_nan=False)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    write_atomically(path, lambda file: file.write(json.dumps(content, indent=2, allow_nan=False).encode()))
+
+
+def write_checkpoint(path, checkpoint):
+    def write(file):
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+    write_atomically(path, write)
+
+
+def random_states(device):
+    """Return the random state of each rank, (the CPU's, the GPU's): what dropout draws from."""
+    return [(torch.get_rng_state(), torch.cuda.get_rng_state() if device.type == "cuda" else None)]
+
+
+def save_progress(path, work, state, model, optimizer, options, device, stop):
+    """Write a checkpoint where --checkpoint-every or `stop` wants one, and end with ScriptError where it is `stop`."""
+    write_json(path.with_name("progress.json"), state["restarts"] | {"step": state["step"]})
+    if not stop and state["step"] % (options.checkpoint_every or sys.maxsize):
+        return
+    total = state["seconds"]["total"] + time.perf_counter() - PROCESS_START
+    state = state | {"seconds": state["seconds"] | {"total": total}}
+    tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": random_states(device)}
+    write_checkpoint(path, {"work": work, "state": state} | tensors)
+    if stop:
+        raise ScriptError(f"stopped as asked, after step {state['step']}; with --run {options.run} it goes on", 143)
+
+
+def load_checkpoint(path, work, model, optimizer):
+    """Bring model, optimizer and random numbers to where the checkpoint left them; return its state."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # unpickles nothing that could run code
+        saved_work, random = checkpoint["work"], checkpoint["random"]
+    except Exception as error:  # torch raises many kinds
+        way_out = "remove it to start anew, or give another --run"
+        raise ScriptError(f"{path}: a damaged checkpoint ({type(error).__name__}): {way_out}") from error
+    for name, value in work.items():
+        if saved_work.get(name) != value:
+            now = f"{name} was {saved_work.get(name)!r} and is {value!r}"
+            raise ScriptError(f"{path}: a checkpoint of other work: {now}; give another --run, or remove it")
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    on_cpu, on_gpu = random[0]
+    torch.set_rng_state(on_cpu)
+    if on_gpu is not None:
+        torch.cuda.set_rng_state(on_gpu)
+    return checkpoint["state"]
+
+
+def start_or_resume(path, work, epochs, model, optimizer):
+    """Return the state to train on from: the checkpoint's, or that of a run that has done nothing yet."""
+    if path.exists():
+        state = load_checkpoint(path, work, model, optimizer)
+    else:
+        seconds = {"setup": 0.0, "data": 0.0, "train_epochs": [0.0] * len(epochs), "evaluate": 0.0, "total": 0.0}
+        state = {"step": 0, "losses": [], "step_seconds": [], "input_seconds": [], "seconds": seconds}
+    state["restarts"] = {"resumed": 0, "steps_repeated": 0}
+    progress = path.with_name("progress.json")
+    if progress.exists():  # how far the run has been, whatever its last checkpoint holds
+        before = json.loads(progress.read_text())
+        repeated = before["steps_repeated"] + before["step"] - state["step"]
+        state["restarts"] = {"resumed": before["resumed"] + 1, "steps_repeated": repeated}
+        log(f"resumed after step {state['step']} of {sum(map(len, epochs))}")
+    return state
+
+
+# record ---------------------------------------------------------------------------------------------------------------
 
 
 def write_predictions(path, answers):
@@ -700,6 +804,27 @@ def peak_memory(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def describe_work(options, data, model, lengths, epochs):
+    """Return what the run is to do: whatever differs in it makes times incomparable and forbids to resume."""
+    settings = ["epochs", "micro_batch_size", "max_length", "doc_stride", "precision", "compile", "lr", "seed"]
+    trained = [lengths[batch] for epoch in epochs for batch in epoch]
+    tokens = int(sum(map(sum, trained)))
+    # 6 FLOP per token and weight (Kaplan et al. 2020), the products of the attention scores left out.
+    products = [weight for weight in model.bert.encoder.parameters() if weight.ndim > 1]
+    adamw = f"AdamW, weight decay {options.weight_decay}, warm-up {options.warmup}, norm {options.max_grad_norm}"
+    return data | {name: getattr(options, name) for name in [*settings, "random_init"]} | {
+        "model": "/".join(Path(options.model).parts[-2:]),  # a hub name, or the end of a path
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "dropout": model.config.hidden_dropout_prob,
+        "optimizer": adamw,
+        "global_batch_size": options.batch_size,
+        "steps": len(trained),
+        "trained_features": sum(map(len, trained)),
+        "trained_tokens": tokens,
+        "trained_flop": 6 * tokens * sum(map(torch.numel, products)),
+    }  # fmt: skip
 
 
 def describe_environment(device, hosts):
@@ -726,16 +851,15 @@ def describe_environment(device, hosts):
     }
 
 
-def make_record(options, model, device, started, data, trained, seconds, input_seconds, quality):
-    """Return the timing record; `trained` are the token counts of the features of each global batch."""
-    measured = {**seconds, "input": input_seconds, "peak_bytes": peak_memory(device)}
+def make_record(options, device, started, work, state, step, quality):
+    """Return the timing record of a training; the times are the largest of all workers."""
+    per_step = np.array(state["step_seconds"])
+    measured = state["seconds"] | {"median": float(np.median(per_step)), "p95": float(np.percentile(per_step, 95))}
+    names = ["setup", "data", "train", "train_epochs", "evaluate", "total", "median", "p95"]
+    measured |= {"input": float(np.median(state["input_seconds"])), "peak_bytes": peak_memory(device)}
     workers, hosts, measured = gather_workers(measured)
-    seconds = {name: measured[name] for name in seconds} | {"train": sum(measured["train_epochs"])}
+    measured["train"] = train_seconds = sum(measured["train_epochs"])
     environment = describe_environment(device, hosts)
-    settings = ["epochs", "micro_batch_size", "max_length", "doc_stride", "precision", "compile", "lr", "seed"]
-    features, tokens = sum(map(len, trained)), int(sum(map(sum, trained)))
-    # 6 FLOP per token and weight of the encoder's products (Kaplan et al. 2020), the attention scores' own left out.
-    flop = 6 * tokens * sum(weight.numel() for weight in model.bert.encoder.parameters() if weight.ndim == 2)
     peak = next((peak[options.precision] for name, peak in PEAK_FLOPS.items() if name in environment["device"]), None)
     return {
         "schema": 1,
@@ -743,28 +867,28 @@ def make_record(options, model, device, started, data, trained, seconds, input_s
         "run": options.run,
         "started": started,
         "workers": workers,
-        "work": data | {name: getattr(options, name) for name in [*settings, "random_init"]} | {
-            "model": "/".join(Path(options.model).parts[-2:]),  # a hub name, or the end of a path
-            "parameters": sum(weight.numel() for weight in model.parameters()),
-            "dropout": model.config.hidden_dropout_prob,
-            "optimizer": "AdamW",
-            "global_batch_size": options.batch_size,
-            "steps": len(trained),
-            "trained_features": features,
-            "trained_tokens": tokens,
-        },
+        "work": work,
         "environment": environment,
-        "seconds": seconds,
-        "step": {"compute": None, "communication": None, "input": measured["input"], "warm_up_steps": None},
+        "seconds": {name: measured[name] for name in names},
+        "step": step | {"input": measured["input"], "warm_up_steps": 0},  # no step is left out of seconds.train
         "throughput": {
-            "features_per_s": features / seconds["train"],
-            "tokens_per_s": tokens / seconds["train"],
-            "mfu": flop / seconds["train"] / (peak * workers["world_size"]) if peak else None,
+            "features_per_s": work["trained_features"] / train_seconds,
+            "tokens_per_s": work["trained_tokens"] / train_seconds,
+            "mfu": work["trained_flop"] / train_seconds / (peak * workers["world_size"]) if peak else None,
         },
         "memory": {"peak_bytes": measured["peak_bytes"]},
         "quality": quality,
-        "restarts": {"resumed": 0, "steps_repeated": 0},
-    }  # fmt: skip
+        "restarts": state["restarts"],
+    }
+
+
+def save_model(directory, model, tokenizer):
+    """Save what from_pretrained() loads."""
+    try:
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+    except Exception as error:  # safetensors and the tokenizer raise kinds of their own
+        raise ScriptError(f"{directory}: the model cannot be written: {error}", 1) from error
 
 
 def main():
@@ -780,32 +904,38 @@ def main():
         return
     device = torch.device("cpu") if options.prepare else select_device(options)
     data_start = time.perf_counter()
-    tokenizer, dev_questions, train_features, dev_features, data = load_data(options)
+    tokenizer, features, dev, data = load_data(options)
     data_seconds = time.perf_counter() - data_start
     model = load_model(options, device)
     if options.prepare:
         return
-    lengths = np.array(train_features["length"])
-    epochs = [epoch_batches(lengths, options.batch_size, options.seed, epoch) for epoch in range(options.epochs)]
-    steps = min(options.max_steps or sys.maxsize, sum(map(len, epochs)))
-    log(f"{options.run}: {steps} steps of {options.batch_size} features in {options.precision} on {device.type}")
-    writer = SummaryWriter(str(Path(options.logs) / options.run))
-    bar = tqdm(total=steps, unit="step", disable=None, dynamic_ncols=True)  # disabled where there is no terminal
-    seconds = {"setup": time.perf_counter() - PROCESS_START - data_seconds, "data": data_seconds}
-    train_seconds, input_seconds, quality, answers = train(
-        model, train_features, epochs, dev_questions, dev_features, options, device, writer, bar
+    optimizer = make_optimizer(model, options)
+    lengths = np.array(features["length"])
+    epochs = plan_epochs(lengths, options)
+    work = describe_work(options, data, model, lengths, epochs)
+    log(f"{options.run}: {work['steps']} steps of {options.batch_size} features, {options.precision}, {device.type}")
+    directory = Path(options.checkpoints) / options.run
+    directory.mkdir(exist_ok=True)
+    path = directory / "last.pt"
+    identity = work | {"script": Path(__file__).stem, "world_size": 1}
+    state = start_or_resume(path, identity, epochs, model, optimizer)
+    writer = SummaryWriter(str(Path(options.logs) / options.run), purge_step=state["step"] + 1)
+    state["seconds"]["data"] += data_seconds
+    state["seconds"]["setup"] += time.perf_counter() - PROCESS_START - data_seconds
+    save = functools.partial(save_progress, path, identity, state, model, optimizer, options, device)
+    quality, answers = train(
+        model, optimizer, features, dev, epochs, state, save, watch_for_stop(), options, device, writer
     )
-    seconds |= train_seconds
-    trained = [lengths[batch] for epoch in epochs for batch in epoch][:steps]
-    record = make_record(options, model, device, started, data, trained, seconds, input_seconds, quality)
+    step = measure_step(model, features, epochs[0], options, device)
+    record = make_record(options, device, started, work, state, step, quality)
     writer.close()
-    model_directory = Path(options.checkpoints) / options.run / "model"
-    model.save_pretrained(model_directory)
-    tokenizer.save_pretrained(model_directory)
+    save_model(directory / "model", model, tokenizer)
     if options.predictions:
         write_predictions(Path(options.predictions), answers)
-    record["seconds"]["total"] = time.perf_counter() - PROCESS_START
+    record["seconds"]["total"] += time.perf_counter() - PROCESS_START
     write_json(record_path, record)
+    path.unlink(missing_ok=True)
+    path.with_name("progress.json").unlink(missing_ok=True)
     log(f"{record_path}: {record['seconds']['train']:.1f} s of training, {record['seconds']['total']:.1f} s in all")
 
 

@@ -11,14 +11,21 @@ DIFFER = {
     "select_device": "a GPU for each local rank",
     "synchronize": "a barrier: all ranks start and stop the clock together",
     "backward": "the weight of a rank's share; one exchange in a step",
-    "read_losses": "the sum over the ranks",
+    "read_losses": "the sum over the ranks; all stop at the same step",
+    "optimize": "a rank loads its share of each batch",
     "write_scalars": "only rank 0 writes",
-    "train_epoch": "a rank loads its share of each batch",
+    "train": "only rank 0 has a progress bar",
+    "measure_step": "with and without the exchange; the slowest rank",
     "evaluate": "each question on one rank",
+    "write_atomically": "only rank 0 writes",
+    "write_checkpoint": "all ranks learn whether it could be written",
+    "random_states": "those of all ranks",
+    "load_checkpoint": "a rank's own random state",
+    "start_or_resume": "all ranks must find the same checkpoint",
     "gather_workers": "the largest times, all hosts",
     "main": "joining and leaving the group, wrapping in DDP, the report",
 }
-ADDED = ["join_group", "share_of"]  # and what follows the heading "scaling"
+ADDED = ["join_group", "explain_timeout", "share_of", "gather"]  # and what follows the heading "scaling"
 
 
 def definitions(script):
@@ -44,7 +51,7 @@ def test_constants_and_rooms_are_the_same():
         return {ast.unparse(node) for node in body if isinstance(node, ast.Assign)}
 
     assert constants("baseline.py") <= constants("distributed.py")
-    rooms = ["options", "processes", "data", "model", "training", "answers", "record"]
+    rooms = ["options", "processes", "data", "model", "training", "answers", "checkpoints", "record"]
     headings = [
         [
             line.split()[1]
