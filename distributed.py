@@ -33,6 +33,7 @@ import string
 import subprocess
 import sys
 import tempfile
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -73,7 +74,8 @@ def number(kind, low, high=math.inf):
 
     def read(text):
         if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text}: must be from {low} to {high}")
+            bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
         return kind(text)
 
     read.__name__ = kind.__name__  # for argparse's own message
@@ -833,6 +835,9 @@ def save_progress(path, work, state, model, optimizer, options, device, stop):
 def load_checkpoint(path, work, model, optimizer):
     """Bring model, optimizer and random numbers to where the checkpoint left them; return its state."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # torch itself does not look at the check sums
+                raise zipfile.BadZipFile(damaged)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # unpickles nothing that could run code
         saved_work, random = checkpoint["work"], checkpoint["random"]
     except Exception as error:  # torch raises many kinds

@@ -14,6 +14,9 @@
 #SBATCH --time=02:00:00
 #SBATCH --output=%x-%j.out
 #SBATCH --open-mode=append
+# Two minutes before the time is over this shell is told: the run writes a checkpoint and the job is queued again.
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
 #
 # Your site may want these; take one # away:
 ##SBATCH --partition=gpu
@@ -65,5 +68,18 @@ if [[ -n ${SLURM_JOB_ID:-} ]]; then
         "hosts $(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste --serial --delimiters=' ')"
 fi
 
-# run_ddp.sh names its own script, to report. exec: signals and the exit status are Python's own.
-exec "$venv/bin/python" "$root/${TRAINING_SCRIPT:-baseline.py}" "$@"
+command=("$venv/bin/python" "$root/${TRAINING_SCRIPT:-baseline.py}" "$@") # run_ddp.sh names its own, to report
+[[ -n ${SLURM_JOB_ID:-} ]] || exec "${command[@]}"                       # signals and the status are Python's own
+
+"${command[@]}" &
+warned=
+trap 'warned=1; kill -TERM $!' USR1
+trap 'kill -TERM $!' TERM # cancelled or preempted: no more to do here
+while kill -0 $! 2> /dev/null; do
+    status=0
+    wait $! || status=$? # which a signal interrupts
+done
+if [[ -n $warned && $status -ne 0 ]]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

@@ -16,6 +16,9 @@
 #SBATCH --time=02:00:00
 #SBATCH --output=%x-%j.out
 #SBATCH --open-mode=append
+# Two minutes before the time is over this shell is told: the run writes a checkpoint and the job is queued again.
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
 #
 # Your site may want these; take one # away:
 ##SBATCH --partition=gpu
@@ -109,10 +112,23 @@ fi
 # first node holds the meeting, and no other does, whatever torchrun thinks of their names; so nobody trains alone.
 # When a worker dies, torchrun ends those of its node, and srun ends the other nodes'.
 # shellcheck disable=SC2016 # a node's own variables
-exec "${step[@]}" --kill-on-bad-exit=1 bash -c '
+"${step[@]}" --kill-on-bad-exit=1 bash -c '
     workers=${SLURM_GPUS_ON_NODE:-2}
     export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK > workers ? SLURM_CPUS_PER_TASK / workers : 1))
     exec "$0" --nproc-per-node="$workers" --local-addr="$SLURMD_NODENAME" \
         --rdzv-conf="is_host=$((SLURM_NODEID == 0)),join_timeout=300" "$@"' \
     "$torchrun" --nnodes="$SLURM_NNODES" --rdzv-backend=c10d --rdzv-endpoint="$head:$port" \
-    --rdzv-id="$SLURM_JOB_ID" -- "$root/distributed.py" "$@"
+    --rdzv-id="$SLURM_JOB_ID" -- "$root/distributed.py" "$@" &
+
+# As in run_baseline.sh. srun passes a signal on to torchrun, and torchrun to its workers, who have 30 s then.
+warned=
+trap 'warned=1; kill -TERM $!' USR1
+trap 'kill -TERM $!' TERM
+while kill -0 $! 2> /dev/null; do
+    status=0
+    wait $! || status=$?
+done
+if [[ -n $warned && $status -ne 0 ]]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

@@ -122,14 +122,14 @@ def test_gzip_gives_the_same_questions(tmp_path):
 def test_a_second_start_does_not_tokenise_again(monkeypatch):
     monkeypatch.setattr("sys.argv", ["baseline.py", "--sample", "--max-length", "200"])
     options = baseline.parse_options(baseline.build_parser())
-    _, _, first, _, _ = baseline.load_data(options)
+    _, first, _, _ = baseline.load_data(options)
 
     def fail(*arguments, **named):
         raise AssertionError("tokenised again")
 
     monkeypatch.setattr(baseline, "make_features", fail)
     monkeypatch.setattr(baseline.inspect, "getsource", lambda function: SOURCE)
-    _, _, second, _, _ = baseline.load_data(options)
+    _, second, _, _ = baseline.load_data(options)
     assert second.cache_files and second.cache_files == first.cache_files  # memory-mapped, not held
     assert second.to_dict() == first.to_dict()
 

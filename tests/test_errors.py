@@ -73,14 +73,14 @@ def test_a_damaged_gzip(tmp_path):
 
 
 BAD_OPTIONS = {
-    "--epochs 0": "--epochs 0: must be at least 1",
-    "--batch-size -3": "--batch-size -3: must be at least 1",
-    "--lr nan": "--lr nan",
-    "--lr x": "argument --lr: invalid float value: 'x'",
+    "--epochs 0": "--epochs: 0 is not at least 1",
+    "--batch-size -3": "--batch-size: -3 is not at least 1",
+    "--lr nan": "--lr: nan is not from 0 to 1",
+    "--lr x": "--lr: invalid float value: 'x'",
     "--precision fp8": "invalid choice: 'fp8'",
     "--precision tf32": "--precision tf32: this device has none",
     "--unknown": "unrecognized arguments: --unknown",
-    "--max-length 40 --doc-stride 40": "--doc-stride 40: must be from 0 to 36",
+    "--max-length 40 --doc-stride 40": "--doc-stride 40, --max-length 40: no room beside question q1",
     "--max-length 1000": "--max-length 1000: the model's limit is 512",
     "--train-file x.json": "give both --train-file and --dev-file",
     "--run a/b": "--run a/b: use letters",
@@ -155,4 +155,4 @@ def test_the_launchers_pass_on_the_status(tmp_path):
         command = ["bash", ROOT / launcher, "--sample", "--epochs", "0"]
         process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert process.returncode == 2
-        assert process.stderr == "baseline.py: error: --epochs 0: must be at least 1\n"
+        assert process.stderr == "baseline.py: error: --epochs: 0 is not at least 1\n"

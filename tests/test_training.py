@@ -137,7 +137,8 @@ def test_what_a_run_leaves_behind(train):
     parts = ("setup", "data", "train", "evaluate")
     assert 0 < sum(seconds[part] for part in parts) <= seconds["total"]
     assert record["throughput"]["features_per_s"] == record["work"]["features"] / seconds["train"]
-    assert record["step"]["communication"] is None and record["throughput"]["mfu"] is None
+    assert 0 < record["step"]["compute"] < seconds["train"] and record["throughput"]["mfu"] is None
+    assert record["step"]["imbalance"] >= 0 and train("baseline.py")["record"]["step"]["communication"] == 0
     keys = "schema script run started workers work environment seconds step throughput memory quality restarts"
     assert list(record) == keys.split()
     base = train("baseline.py")["record"]
@@ -156,9 +157,9 @@ def test_the_saved_model_gives_the_same_answers(train, arguments, monkeypatch, t
     monkeypatch.setattr("sys.argv", ["baseline.py", *map(str, arguments), "--model", path])
     options = baseline.parse_options(baseline.build_parser())
     options.precision = "fp32"
-    _, questions, _, features, _ = baseline.load_data(options)
+    _, _, dev, _ = baseline.load_data(options)
     model = transformers.BertForQuestionAnswering.from_pretrained(path)
-    quality, answers = baseline.evaluate(model, questions, features, options, torch.device("cpu"))
+    quality, answers = baseline.evaluate(model, *dev, options, torch.device("cpu"))
     assert quality["dev_loss"] == pytest.approx(run["record"]["quality"]["dev_loss"], rel=1e-5)
     assert {id_: score for _, id_, _, score, *_ in answers} == pytest.approx(
         run["no_answer_scores"], rel=1e-4, abs=1e-4
@@ -196,7 +197,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(arguments, tmp_path, script, wo
     assert process.returncode == 1
     lines = [line for line in process.stderr.splitlines() if line.startswith(script)]
     assert lines == [f"{script}: error: stopped: the loss is nan at step 1"]
-    assert not (tmp_path / "results/r.json").exists() and not (tmp_path / "checkpoints/r").exists()
+    assert not (tmp_path / "results/r.json").exists() and not (tmp_path / "checkpoints/r/model").exists()
 
 
 def test_the_loss_does_not_see_padding():
