@@ -213,7 +213,7 @@ def test_a_damaged_checkpoint_is_named(arguments, interrupted, tmp_path, damage)
         content[len(content) // 2] ^= 255
     path.write_bytes({"cut": content[: len(content) // 2], "empty": b""}.get(damage, content))
     if damage == "other":
-        torch.save(torch.zeros(2), path)
+        torch.save({"x": torch.zeros(2)}, path)
     process = run_script("baseline.py", arguments, tmp_path)
     assert process.returncode == 2, process.stderr
     assert "checkpoints/r/last.pt: a damaged checkpoint" in process.stderr and "remove it" in process.stderr
