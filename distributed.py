@@ -216,16 +216,18 @@ def join_group(options, device):
     else:
         dist.init_process_group("gloo", timeout=TIMEOUT)
     print(f"rank {RANK} of {world_size}: host {host_name()}, {device}\n", end="", flush=True)  # in one write
-    return dist.new_group(backend="gloo")
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=20))
 
 
 def explain_timeout(error, roll_call):
     """Raise ScriptError with the ranks that the others have waited for in vain; what is no timeout, as it is."""
     if "timed out" in str(error).lower():
         try:
-            dist.monitored_barrier(roll_call, datetime.timedelta(seconds=10), wait_all_ranks=True)
-        except RuntimeError as missing:
-            raise ScriptError(f"{str(missing).splitlines()[0]} after {TIMEOUT} without a sign of life", 1) from error
+            dist.monitored_barrier(roll_call, wait_all_ranks=True)
+        except RuntimeError as missing:  # only rank 0 knows of more than itself and rank 0
+            named = re.search(r"Ranks ([\d, ]+) failed", str(missing))
+            ranks = named[1] if named else 0
+            raise ScriptError(f"rank {ranks} hangs: the others have waited for {TIMEOUT}", 1) from error
     raise error
 
 
