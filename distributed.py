@@ -49,7 +49,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun's; the one voice of the job is rank 0's
-TIMEOUT = datetime.timedelta(minutes=5)  # for a rank that others wait for
+TIMEOUT = datetime.timedelta(minutes=5)  # for a rank that the others wait for
+ROLL_CALL = datetime.timedelta(seconds=10)
 HERE = Path(__file__).resolve().parent
 HUB_DATASET = "rajpurkar/squad_v2"
 LOG_EVERY = {"cpu": 1, "cuda": 20}  # steps; to read a loss the host waits for the device
@@ -216,14 +217,14 @@ def join_group(options, device):
     else:
         dist.init_process_group("gloo", timeout=TIMEOUT)
     print(f"rank {RANK} of {world_size}: host {host_name()}, {device}\n", end="", flush=True)  # in one write
-    return dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=20))
+    return dist.new_group(backend="gloo", timeout=ROLL_CALL)
 
 
 def explain_timeout(error, roll_call):
     """Raise ScriptError with the ranks that the others have waited for in vain; what is no timeout, as it is."""
     if "timed out" in str(error).lower():
         try:
-            dist.monitored_barrier(roll_call, wait_all_ranks=True)
+            dist.monitored_barrier(roll_call, ROLL_CALL, wait_all_ranks=True)
         except RuntimeError as missing:  # only rank 0 knows of more than itself and rank 0
             named = re.search(r"Ranks ([\d, ]+) failed", str(missing))
             ranks = named[1] if named else 0

@@ -260,7 +260,7 @@ def test_a_rank_that_hangs_is_named(arguments, tmp_path):
         environment = Path(f"/proc/{child}/environ").read_text().split("\0")
         ranks[next(item for item in environment if item.startswith("RANK="))] = int(child)
     os.kill(ranks["RANK=1"], signal.SIGSTOP)
-    output, _ = process.communicate(timeout=90)
+    output, _ = process.communicate(timeout=150)
     assert process.returncode != 0
     said = [line for line in output.splitlines() if line.startswith("distributed.py: error:")]
     assert said == ["distributed.py: error: rank 1 hangs: the others have waited for 0:00:08"]
