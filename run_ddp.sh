@@ -120,10 +120,11 @@ fi
     "$torchrun" --nnodes="$SLURM_NNODES" --rdzv-backend=c10d --rdzv-endpoint="$head:$port" \
     --rdzv-id="$SLURM_JOB_ID" -- "$root/distributed.py" "$@" &
 
-# As in run_baseline.sh. srun passes a signal on to torchrun, and torchrun to its workers, who have 30 s then.
+# As in run_baseline.sh. Slurm signals the torchruns, and these their workers, who have 30 s then; srun itself would
+# not pass SIGTERM on, but kill.
 warned=
-trap 'warned=1; kill -TERM $!' USR1
-trap 'kill -TERM $!' TERM
+trap 'warned=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+trap : TERM # cancelled or preempted: Slurm tells all
 while kill -0 $! 2> /dev/null; do
     status=0
     wait $! || status=$?

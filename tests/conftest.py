@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,17 @@ def cut_sample(split, questions, path):
             break
     path.write_text(json.dumps(sample | {"data": articles}))
     return str(path)
+
+
+def write_tiny_model(directory):
+    """Write the configuration of a BERT of two small layers, and the encoder's tokenizer; for --random-init."""
+    import transformers
+
+    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    transformers.BertConfig(**sizes, hidden_dropout_prob=0.2).save_pretrained(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(f"{ENCODER}/{name}", directory / name)
+    return directory
 
 
 def run_script(script, arguments, directory, world_size=None, environment=()):

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 import slurm
-from conftest import ENCODER, ROOT, cut_sample, read_scalars
+from conftest import ENCODER, ROOT, cut_sample, read_scalars, write_tiny_model
 
 MARK = "installed-requirements.txt"  # in .venv, written by run_baseline.sh
 RANK_LINE = r"^rank (\d+) of (\d+): host (\S+), cpu$"
@@ -216,6 +216,70 @@ def test_head_that_does_not_resolve_ends_the_job(project, submit, finish):
     error = job.output.splitlines()[-1]
     assert error.startswith("run_ddp.sh: error: the nodes cannot meet at n1:")
     assert "n1: " in error and "n2: " in error and job.output.count("error") == 1
+
+
+@pytest.fixture(scope="module")
+def small_work(project):
+    """Return arguments for a minute of quick steps."""
+    directory = project.parent / "small"
+    directory.mkdir()
+    files = [cut_sample(split, 60, directory / f"{split}.json") for split in ("train", "dev")]
+    work = ["--model", write_tiny_model(directory / "model"), "--random-init", "--train-file", files[0]]
+    return [*work, "--dev-file", files[1], "--batch-size", 12, "--epochs", 60, "--threads", 1]
+
+
+def train_until(submit, project, slurm_options, launcher, work):
+    """Submit a job; return its number and a function that waits until its output has a pattern `count` times."""
+    number = submit(project, *slurm_options, launcher, *work)
+    output = project / f"{'baseline' if 'baseline' in launcher else 'distributed'}-{number}.out"
+
+    def wait_for(pattern, count=1):
+        def found():
+            return output.exists() and len(re.findall(pattern, output.read_text(), re.MULTILINE)) >= count
+
+        slurm.wait_until(found, 180, f"{pattern} in {output}")
+
+    return number, wait_for
+
+
+def check_resumed(job, most_repeated=0):
+    assert job.state == "COMPLETED", job.output
+    restarts = job.record["restarts"]
+    assert restarts["resumed"] == 1 and restarts["steps_repeated"] <= most_repeated
+    assert job.record["environment"]["slurm_restarts"] == 1
+    losses = read_scalars(job.directory / "logs" / job.run)["train/loss"]
+    assert list(losses) == list(range(1, job.record["work"]["steps"] + 1))
+    assert job.output.count("resumed after step") == 1 and job.output.count(f"job {job.number} started") == 2
+
+
+def test_warned_before_its_time_is_over_a_job_goes_on_later(project, submit, finish, environment, small_work):
+    """Slurm's warning, sent by hand as #SBATCH --signal=B:USR1 has it sent: to the batch shell alone."""
+    options = {"run_baseline.sh": [], "run_ddp.sh": ["--gres=gpu:1", "--cpus-per-task=1"]}
+    jobs = [train_until(submit, project, options[launcher], launcher, small_work) for launcher in options]
+    for number, wait_for in jobs:
+        wait_for("^step ", 5)
+        command = ["scancel", "--batch", "--signal=USR1", number]
+        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=30)
+    for number, _ in jobs:
+        job = finish(project, number)
+        check_resumed(job)
+        assert job.output.count("stopped as asked, after step") == 1
+
+
+def test_requeued_and_preempted_jobs_go_on(project, submit, finish, environment, small_work):
+    number, wait_for = train_until(submit, project, [], "run_baseline.sh", small_work)
+    wait_for("^step ", 5)
+    subprocess.run(["scontrol", "requeue", number], env=environment, check=True, timeout=30)
+    check_resumed(finish(project, number))
+
+
+def test_a_cancelled_job_stays_cancelled(project, submit, finish, environment, small_work):
+    number, wait_for = train_until(submit, project, [], "run_baseline.sh", small_work)
+    wait_for("^step ", 5)
+    subprocess.run(["scancel", number], env=environment, check=True, timeout=30)
+    job = finish(project, number)
+    assert job.state == "CANCELLED" and job.record is None
+    assert (project / f"checkpoints/{job.run}/last.pt").exists()
 
 
 # without Slurm --------------------------------------------------------------------------------------------------------
