@@ -273,6 +273,25 @@ def test_requeued_and_preempted_jobs_go_on(project, submit, finish, environment,
     check_resumed(finish(project, number))
 
 
+def test_a_lost_node(project, submit, finish, environment, small_work):
+    """All of a node's processes die at once, its daemon too: Slurm queues the job again, on the other node."""
+    number, wait_for = train_until(submit, project, [], "run_baseline.sh", [*small_work, "--checkpoint-every", 20])
+    wait_for("^step ", 12)
+    (lost,) = {of["SLURMD_NODENAME"] for of in slurm.processes("SLURM_JOB_ID", number).values()}
+    daemon = ["slurmd", "-D", "-N", lost]
+    pattern = rf"{' '.join(daemon)}|slurmstepd: \[{number}\."
+    subprocess.run(["pkill", "--signal", "KILL", "--full", pattern], check=True)
+    for process in slurm.processes("SLURM_JOB_ID", number):
+        os.kill(process, 9)
+    try:
+        job = finish(project, number)
+    finally:
+        command = [shutil.which(daemon[0], path=slurm.SEARCH_PATH), *daemon[1:]]
+        subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    check_resumed(job, most_repeated=40)
+    assert job.record["environment"]["hosts"] == [node for node in slurm.NODES if node != lost]
+
+
 def test_a_cancelled_job_stays_cancelled(project, submit, finish, environment, small_work):
     number, wait_for = train_until(submit, project, [], "run_baseline.sh", small_work)
     wait_for("^step ", 5)
