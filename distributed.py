@@ -992,11 +992,22 @@ def save_model(directory, model, tokenizer):
 
 # Where two records differ in one of these, the ratio of their times means nothing.
 COMPARED = {
-    "work": "model parameters random_init sha256 dev_sha256 features trained_features epochs max_length doc_stride "
-    "precision compile dropout optimizer",
+    "work": "model parameters random_init sha256 dev_sha256 questions features trained_features epochs max_length "
+    "doc_stride precision compile dropout optimizer",
     "workers": "threads",
     "environment": "device torch",
 }
+SEED_NOISE = 0.16  # F1, one standard deviation between seeds, trained and scored on all of SQuAD 2.0
+COLUMNS = {  # of the table; key in a row: (heading, format)
+    "workers": ("workers", "{}"), "nodes": ("nodes", "{}"), "mode": ("mode", "{}"), "precision": ("precision", "{}"),
+    "global_batch_size": ("batch", "{}"), "n": ("n", "{}"), "train_seconds": ("train s", "{:.1f}"),
+    "train_seconds_spread": ("(spread)", "({0[0]:.1f}-{0[1]:.1f})"), "features_per_s": ("features/s", "{:.1f}"),
+    "speedup": ("speedup", "{:.2f}"), "efficiency": ("efficiency", "{:.1%}"), "serial_fraction": ("e", "{:.3f}"),
+    "end_to_end_speedup": ("end-to-end", "{:.2f}"), "worker_hours": ("worker-h", "{:.3f}"),
+    "train_loss": ("loss", "{:.3f}"), "exact": ("EM", "{:.2f}"), "f1": ("F1", "{:.2f}"),
+    "f1_difference": ("from base", "{:+.2f}"),
+}  # fmt: skip
+LOSSES = ["communication", "imbalance", "smaller batches", "input", "rest"]
 
 
 def read_records(directory):
@@ -1012,7 +1023,7 @@ def read_records(directory):
             }
             if record["environment"]["nccl"]:  # a worker is a GPU there, whatever threads feed it
                 del record["compared"]["workers.threads"]
-            format_table([scaling_row(group, group) for group in group_records([record])])  # has all that a row needs
+            format_table(COLUMNS, [scaling_row([record], [record])])  # has all that a row needs
             records.append(record)
         except KeyError as error:
             print(f"{path}: skipped: no timing record: no key {error}", file=sys.stderr)
@@ -1022,14 +1033,14 @@ def read_records(directory):
 
 
 def group_records(records):
-    """Return lists of records of equal work by equal workers: repetitions."""
+    """Return lists of records of equal work by equal workers; where some were never interrupted, of those alone."""
     groups = collections.defaultdict(list)
     for record in records:
         work, workers = record["work"], record["workers"]
         batch = work["global_batch_size"], work["micro_batch_size"], work["lr"]
         key = record["script"], workers["world_size"], workers["nodes"], *batch, *record["compared"].values()
         groups[key].append(record)
-    return list(groups.values())
+    return [[of for of in group if not of["restarts"]["resumed"]] or group for group in groups.values()]
 
 
 def differences(record, base):
@@ -1038,8 +1049,36 @@ def differences(record, base):
     return {name: [of_base.get(name), value] for name, value in fields.items() if of_base.get(name) != value}
 
 
-def train_seconds(group):
-    return [record["seconds"]["train"] for record in group]
+def median(group, section, key):
+    return float(np.median([record[section][key] for record in group]))
+
+
+def spread(values):
+    """Return [low, high]: the range, which from six values on is, or holds, a 95 % interval of the median.
+
+    From order statistics: the k-th value from below and from above, 2 P(Binomial(n, 1/2) < k) being at most 5 %.
+    """
+    values, k = sorted(values), 1
+    n = len(values)
+    while sum(math.comb(n, below) for below in range(k + 1)) <= 0.025 * 2**n:
+        k += 1
+    return [values[k - 1], values[n - k]]
+
+
+def lost_efficiency(group, base, workers):
+    """Return {cause: share of the workers' time} by LOSSES, together 1 - efficiency.
+
+    Compute and input count by what they take beyond the base's; the rest is above all the optimizer, on each worker.
+    """
+    seconds, base_seconds = (median(records, "seconds", "train") for records in (group, base))
+
+    def of_training(part, records=group):
+        return median(records, "step", part) * records[0]["work"]["steps"]
+
+    parts = [of_training("communication"), of_training("imbalance")]
+    parts += [of_training(part) - of_training(part, base) / workers for part in ("compute", "input")]
+    parts.append(seconds - base_seconds / workers - sum(parts))
+    return {name: part / seconds for name, part in zip(LOSSES, parts, strict=True)}
 
 
 def scaling_row(group, base):
@@ -1048,38 +1087,43 @@ def scaling_row(group, base):
     speedup S = T1 / Tp; efficiency E = S / p; serial_fraction is Karp and Flatt's (1990) e = (1/S - 1/p) / (1 - 1/p).
     """
     record, workers = group[0], group[0]["workers"]["world_size"]
-
-    def median(section, key, records=group):
-        values = [of[section][key] for of in records if of[section][key] is not None]
-        return float(np.median(values)) if values else None
-
-    seconds = train_seconds(group)
+    seconds, (low, high) = median(group, "seconds", "train"), spread(of["seconds"]["train"] for of in group)
     row = {
         "mode": "baseline" if record["script"] == "baseline" else "DDP",
         "runs": [of["run"] for of in group],
+        "resumed": [of["run"] for of in group if of["restarts"]["resumed"]],
         "workers": workers,
         "nodes": record["workers"]["nodes"],
         "n": len(group),
         "global_batch_size": record["work"]["global_batch_size"],
         "precision": record["work"]["precision"],
-        "train_seconds": float(np.median(seconds)),
-        "train_seconds_range": [min(seconds), max(seconds)],
-        "features_per_s": median("throughput", "features_per_s"),
-        "worker_hours": workers * float(np.median(seconds)) / 3600,
+        "train_seconds": seconds,
+        "train_seconds_spread": [low, high],
+        "features_per_s": median(group, "throughput", "features_per_s"),
+        "worker_hours": workers * seconds / 3600,
+        **{name: median(group, "quality", name) for name in ("train_loss", "dev_loss", "exact", "f1")},
     }
-    row |= {name: median("quality", name) for name in ("train_loss", "dev_loss", "exact", "f1")}
     if base is None:
         return row
     if record["script"] != "baseline":
         same_batch = row["global_batch_size"] == base[0]["work"]["global_batch_size"]
         row["mode"] = "DDP strong" if same_batch else "DDP weak"
-    base_seconds = train_seconds(base)
-    speedup = float(np.median(base_seconds)) / row["train_seconds"]
-    row |= {"base_runs": [of["run"] for of in base], "speedup": speedup, "efficiency": speedup / workers}
-    row["speedup_range"] = [min(base_seconds) / max(seconds), max(base_seconds) / min(seconds)]
-    row["end_to_end_speedup"] = median("seconds", "total", base) / median("seconds", "total")
-    row["serial_fraction"] = (1 / speedup - 1 / workers) / (1 - 1 / workers) if workers > 1 else None
-    return row
+    speedup = median(base, "seconds", "train") / seconds
+    base_low, base_high = spread(of["seconds"]["train"] for of in base)
+    of_seeds = {of["work"]["seed"]: of["quality"]["f1"] for of in base}
+    noise = float(np.std(list(of_seeds.values()), ddof=1)) if len(of_seeds) > 2 else SEED_NOISE
+    difference = row["f1"] - median(base, "quality", "f1")
+    return row | {
+        "base_runs": [of["run"] for of in base],
+        "speedup": speedup,
+        "speedup_spread": [base_low / high, base_high / low],
+        "efficiency": speedup / workers,
+        "serial_fraction": (1 / speedup - 1 / workers) / (1 - 1 / workers) if workers > 1 else None,
+        "end_to_end_speedup": median(base, "seconds", "total") / median(group, "seconds", "total"),
+        "lost": lost_efficiency(group, base, workers),
+        "f1_difference": difference,
+        "f1_within_noise": abs(difference) <= 2 * noise,
+    }
 
 
 def scaling_rows(groups):
@@ -1092,7 +1136,7 @@ def scaling_rows(groups):
         # The same batch before another one, and of those the fastest: a slow base would flatter the parallel runs.
         best = min(
             comparable,
-            key=lambda base: (base[0]["work"]["global_batch_size"] != batch, np.median(train_seconds(base))),
+            key=lambda base: (base[0]["work"]["global_batch_size"] != batch, median(base, "seconds", "train")),
             default=None,
         )
         rows.append(scaling_row(group, best))
@@ -1104,97 +1148,136 @@ def scaling_rows(groups):
     return rows, excluded
 
 
-def format_table(rows):
-    """Return the rows as lines of text in columns."""
-    heads = ["workers", "nodes", "mode", "precision", "batch", "n", "train s", "(range)", "features/s", "speedup"]
-    heads += ["efficiency", "e", "end-to-end", "worker-h", "loss", "F1"]
-    lines = [heads]
+def predict_speedup(rows):
+    """Return {workers: speedup} by Amdahl's law with the e of the largest strong run, on to four times its workers."""
+    strong = [row for row in rows if row["mode"] == "DDP strong" and (row["serial_fraction"] or 0) > 0]
+    if not strong:
+        return {}
+    row = max(strong, key=lambda row: row["workers"])
+    e, most = row["serial_fraction"], row["workers"]
+    return {workers: 1 / (e + (1 - e) / workers) for workers in (most, 2 * most, 4 * most)} | {math.inf: 1 / e}
+
+
+def format_table(columns, rows):
+    """Return the rows as lines of text; columns: {key: (heading, format)}; "-" stands for what a row does not have."""
+    lines = [[heading for heading, _ in columns.values()]]
     for row in rows:
-        low, high = row["train_seconds_range"]
-        line = [row["workers"], row["nodes"], row["mode"], row["precision"], row["global_batch_size"], row["n"]]
-        line += [f"{row['train_seconds']:.1f}", f"{low:.1f}-{high:.1f}", f"{row['features_per_s']:.1f}"]
-        if "speedup" in row:
-            line += [f"{row['speedup']:.2f}", f"{row['efficiency']:.1%}"]
-            line += ["-" if row["serial_fraction"] is None else f"{row['serial_fraction']:.3f}"]
-            line += [f"{row['end_to_end_speedup']:.2f}"]
-        else:
-            line += ["-"] * 4
-        line += [f"{row['worker_hours']:.3f}", f"{row['train_loss']:.3f}", f"{row['f1']:.2f}"]
-        lines.append(line)
-    widths = [max(len(str(line[column])) for line in lines) for column in range(len(heads))]
-    return ["  ".join(str(cell).rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+        cells = [(row.get(key), layout) for key, (_, layout) in columns.items()]
+        lines.append(["-" if value is None else layout.format(value) for value, layout in cells])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
 
 
-def draw_scaling(rows, path):
-    """Draw speedup and efficiency against workers: measured with ranges, the ideal, and the bound 1/e."""
+def draw_scaling(rows, prediction, path):
+    """Draw speedup and efficiency against workers, for a column of print; measured, ideal, bound and extrapolation."""
     import matplotlib.figure  # only the report needs it, and it is slow to import
 
-    figure = matplotlib.figure.Figure(figsize=(7.2, 3.2), layout="constrained")
-    axes = figure.subplots(1, 2)
-    most = max(row["workers"] for row in rows)
+    figure = matplotlib.figure.Figure(figsize=(3.5, 4.8), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True)
     series = collections.defaultdict(list)
     for row in rows:
         series[row["mode"], row["precision"], row["base_runs"][0]].append(row)
-    ticks = [2**power for power in range(math.ceil(math.log2(most)) + 1)]
-    for axis, name, ideal in ((axes[0], "speedup", [1, most]), (axes[1], "efficiency", [1, 1])):
-        axis.plot([1, most], ideal, color="0.4", linestyle="--", linewidth=1, label="ideal")
+    most = max([row["workers"] for row in rows] + [workers for workers in prediction if workers < math.inf])
+    workers = np.geomspace(1, most, 100)
+    for axis, name, per in ((top, "speedup", 1), (bottom, "efficiency", workers)):
+        axis.plot(workers, workers / per, color="0.4", linestyle="--", linewidth=1, label="ideal")
+        if prediction:
+            e = 1 / prediction[math.inf]
+            label = f"Amdahl, e = {e:.3g} (extrapolated)"
+            axis.plot(workers, 1 / (e + (1 - e) / workers) / per, color="0.4", linestyle="-.", linewidth=1, label=label)
         for (mode, precision, _), chosen in series.items():
-            workers, values = [row["workers"] for row in chosen], [row[name] for row in chosen]
-            low, high = np.array([row["speedup_range"] for row in chosen]).T
-            if name == "efficiency":
-                low, high = low / workers, high / workers
-            spread = np.maximum([values - low, high - values], 0)
+            p, values = (np.array([row[key] for row in chosen]) for key in ("workers", name))
+            low, high = np.array([row["speedup_spread"] for row in chosen]).T / (1 if axis is top else p)
             label = f"{mode}, {precision} (n = {'/'.join(dict.fromkeys(str(row['n']) for row in chosen))})"
-            style = {"baseline": "s", "DDP strong": "o-", "DDP weak": "^-."}[mode]
-            axis.errorbar(workers, values, spread, fmt=style, markersize=5, mfc="white", capsize=3, label=label)
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(ticks, [str(tick) for tick in ticks])
-        axis.set_xlabel("workers")
+            style = {"baseline": "s", "DDP strong": "o-", "DDP weak": "^:"}[mode]
+            spreads = np.maximum([values - low, high - values], 0)
+            axis.errorbar(p, values, spreads, fmt=style, markersize=5, mfc="white", capsize=3, label=label)
         axis.set_ylabel(f"{name} against the baseline")
         axis.grid(color="0.9")
-    strong = [row for row in rows if row["mode"] == "DDP strong" and (row["serial_fraction"] or 0) > 0]
-    axes[0].set_yscale("log", base=2)
-    axes[0].set_ylim(0.7, 2.8 * most)
-    if strong:
-        bound = 1 / max(strong, key=lambda row: row["workers"])["serial_fraction"]
-        if bound < 6 * most:  # where it lies far above, the legend alone says it
-            axes[0].set_ylim(0.7, 1.5 * max(2 * most, bound))
-        axes[0].axhline(bound, color="0.4", linestyle=":", linewidth=1, label=f"bound 1/e = {bound:.3g}")
-    axes[0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes[1].set_ylim(0, max(1.1, *(1.05 * row["efficiency"] for row in rows)))
-    axes[0].legend(fontsize="small", framealpha=1, edgecolor="none", loc="upper left")
-    figure.savefig(path, dpi=200)
+    top.set_xscale("log", base=2)
+    top.set_yscale("log", base=2)
+    top.set_ylim(0.7, 1.4 * most)
+    if prediction and prediction[math.inf] < 1.4 * most:  # where it lies above, the legend alone says it
+        top.axhline(prediction[math.inf], color="0.4", linestyle=":", linewidth=1)
+    if prediction:
+        top.plot([], [], color="0.4", linestyle=":", linewidth=1, label=f"bound 1/e = {prediction[math.inf]:.3g}")
+    ticks = 2.0 ** np.arange(math.ceil(math.log2(most)) + 1)
+    bottom.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    top.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    bottom.set_xlabel("workers")
+    bottom.set_ylim(0, max(1.1, *(1.05 * row["efficiency"] for row in rows)))
+    top.legend(fontsize="x-small", framealpha=1, edgecolor="none", loc="upper left")
+    for suffix in (".png", ".svg"):
+        figure.savefig(path.with_suffix(suffix), dpi=300)
+
+
+def show_remarks(rows, excluded, prediction):
+    """Print what the table does not say by itself."""
+    for entry in excluded:
+        reasons = [f"{name} {value!r} (baseline: {base!r})" for name, (base, value) in entry["differs"].items()]
+        print(f"no ratio for {', '.join(entry['runs'])}: {', '.join(reasons)}")
+    compared = [row for row in rows if "speedup" in row]
+    if not compared and not excluded:
+        print("no ratios: there is no record of baseline.py to compare with")
+    print("(spread): the range; from n = 6 on, a 95 % interval of the median")
+    if any(row["n"] == 1 for row in rows):
+        print("n = 1: a row of one run says nothing of the spread between runs")
+    for row in rows:
+        if row["resumed"]:
+            print(f"resumed after an interruption, its seconds are the sum of the parts: {', '.join(row['resumed'])}")
+    for row in compared:
+        if row["efficiency"] > 1 and row["workers"] > 1:
+            print(f"{row['workers']} workers: efficiency above 100 %: the baseline is not the best sequential run")
+        if not row["f1_within_noise"]:
+            print(f"{row['workers']} workers: F1 differs from the base's by more than two sigma of seeds")
+    if prediction:
+        speedups = [f"{speedup:.2f} on {workers}" for workers, speedup in prediction.items() if workers < math.inf][1:]
+        print(
+            f"extrapolated by Amdahl's law: {', '.join(speedups)} workers; never more than {prediction[math.inf]:.3g}"
+        )
 
 
 def report(options):
-    """Print the scaling table of the records in --results; write speedup.json, speedup.png and TensorBoard's curve."""
+    """Print the scaling tables of the records in --results; write speedup.json, .png and .svg, TensorBoard's curve."""
     results, logs = Path(options.results), Path(options.logs) / "scaling"
     groups = group_records(read_records(results))
     if not groups:
         raise ScriptError(f"{results}: no timing records to report on")
     rows, excluded = scaling_rows(groups)
-    print(*format_table(rows), sep="\n")
-    for entry in excluded:
-        reasons = [f"{name} {value!r} (baseline: {base!r})" for name, (base, value) in entry["differs"].items()]
-        print(f"no ratio for {', '.join(entry['runs'])}: {', '.join(reasons)}")
-    compared = [row for row in rows if "speedup" in row]
-    if not compared:
-        print("no ratios: there is no record of baseline.py to compare with" if not excluded else "no ratios")
-    if any(row["n"] == 1 for row in rows):
-        print("n = 1: a row of one run says nothing of the spread between runs")
-    for row in compared:
-        if row["efficiency"] > 1 and row["workers"] > 1:
-            print(f"{row['workers']} workers: efficiency above 100 %: the baseline is not the best sequential run")
-    write_json(results / "speedup.json", {"schema": 1, "rows": rows, "excluded": excluded})
+    compared, prediction = [row for row in rows if "speedup" in row], predict_speedup(rows)
+    print(*format_table(COLUMNS, rows), sep="\n")
+    show_remarks(rows, excluded, prediction)
+    losses = {name: (name, "{:.1%}") for name in ["lost", *LOSSES]}
+    lost = [row | row["lost"] | {"lost": 1 - row["efficiency"]} for row in compared if row["mode"] != "baseline"]
+    if lost:
+        print(
+            "where efficiency is lost:",
+            *format_table({name: COLUMNS[name] for name in ("workers", "nodes", "mode")} | losses, lost),
+            sep="\n",
+        )
+    content = {
+        "schema": 2,
+        "rows": rows,
+        "excluded": excluded,
+        "prediction": {str(p): s for p, s in prediction.items()},
+    }
+    write_json(results / "speedup.json", content)
     if not compared:
         return
-    draw_scaling(compared, results / "speedup.png")
+    draw_scaling(compared, prediction, results / "speedup.png")
     shutil.rmtree(logs, ignore_errors=True)  # the curve of an earlier report
     for row in compared:
-        with SummaryWriter(str(logs / f"{row['mode']} {row['precision']}".replace(" ", "-"))) as writer:
-            figures = {f"scaling/{name}": row[name] for name in ("speedup", "efficiency")}
-            write_scalars(writer, row["workers"], figures)
-    print(f"written: {results / 'speedup.json'}, {results / 'speedup.png'}, {logs}")
+        name = f"{row['mode']} {row['precision']}".replace(" ", "-")
+        with SummaryWriter(str(logs / name)) as writer:
+            settings = {key: row[key] for key in ("mode", "workers", "nodes", "precision", "global_batch_size", "n")}
+            figures = {key: row[key] for key in ("speedup", "efficiency", "train_seconds", "f1")}
+            writer.add_hparams(
+                settings,
+                {f"table/{key}": value for key, value in figures.items()},
+                run_name=f"{row['workers']} workers",
+            )
+            write_scalars(writer, row["workers"], {f"scaling/{key}": row[key] for key in ("speedup", "efficiency")})
+    print(f"written: {results / 'speedup.json'}, {results / 'speedup.png'}, {results / 'speedup.svg'}, {logs}")
 
 
 def main():
