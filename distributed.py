@@ -1192,21 +1192,21 @@ def draw_scaling(rows, prediction, path):
             style = {"baseline": "s", "DDP strong": "o-", "DDP weak": "^:"}[mode]
             spreads = np.maximum([values - low, high - values], 0)
             axis.errorbar(p, values, spreads, fmt=style, markersize=5, mfc="white", capsize=3, label=label)
-        axis.set_ylabel(f"{name} against the baseline")
+        axis.set_ylabel(name)
         axis.grid(color="0.9")
     top.set_xscale("log", base=2)
     top.set_yscale("log", base=2)
     top.set_ylim(0.7, 1.4 * most)
-    if prediction and prediction[math.inf] < 1.4 * most:  # where it lies above, the legend alone says it
-        top.axhline(prediction[math.inf], color="0.4", linestyle=":", linewidth=1)
     if prediction:
-        top.plot([], [], color="0.4", linestyle=":", linewidth=1, label=f"bound 1/e = {prediction[math.inf]:.3g}")
+        bound = {"color": "0.4", "linestyle": ":", "linewidth": 1, "label": f"bound 1/e = {prediction[math.inf]:.3g}"}
+        bottom.plot([], [], **bound)  # for the legend, which alone says it where it lies far above
+        top.plot([1, most], [prediction[math.inf]] * 2, **bound)
     ticks = 2.0 ** np.arange(math.ceil(math.log2(most)) + 1)
     bottom.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     top.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    bottom.set_xlabel("workers")
     bottom.set_ylim(0, max(1.1, *(1.05 * row["efficiency"] for row in rows)))
-    top.legend(fontsize="x-small", framealpha=1, edgecolor="none", loc="upper left")
+    bottom.set_xlabel("workers")
+    bottom.legend(fontsize="x-small", framealpha=1, edgecolor="none", loc="lower left")
     for suffix in (".png", ".svg"):
         figure.savefig(path.with_suffix(suffix), dpi=300)
 
@@ -1269,7 +1269,7 @@ def report(options):
     for row in compared:
         name = f"{row['mode']} {row['precision']}".replace(" ", "-")
         with SummaryWriter(str(logs / name)) as writer:
-            settings = {key: row[key] for key in ("mode", "workers", "nodes", "precision", "global_batch_size", "n")}
+            settings = {key: row[key] for key in ("mode", "workers", "precision", "global_batch_size")}
             figures = {key: row[key] for key in ("speedup", "efficiency", "train_seconds", "f1")}
             writer.add_hparams(
                 settings,
