@@ -573,6 +573,20 @@ def train(model, optimizer, features, dev, epochs, state, save, asked, options, 
     return quality, answers
 
 
+def warm_up(model, features, lengths, batches, options, device):
+    """Do once, on a pass of the longest batch, what only the first pass waits for: allocating.
+
+    With --compile, on one of each width: it compiles anew for each. Returns how many there were.
+    """
+    model.train()
+    longest = sorted(batches, key=lambda batch: lengths[batch].max())
+    chosen = list({-(-lengths[batch].max() // 64) if options.compile else 0: batch for batch in longest}.values())
+    for passes in load_passes(chosen, features, options, device):
+        backward(model, passes[:1], options.batch_size, options, device).item()
+        model.zero_grad()
+    return len(chosen)
+
+
 def measure_step(model, features, batches, options, device):
     """Return where a step's time goes, the medians of some batches in seconds; the optimizer takes no step.
 
@@ -778,7 +792,14 @@ def start_or_resume(path, work, epochs, model, optimizer):
     if path.exists():
         state = load_checkpoint(path, work, model, optimizer)
     else:
-        seconds = {"setup": 0.0, "data": 0.0, "train_epochs": [0.0] * len(epochs), "evaluate": 0.0, "total": 0.0}
+        seconds = {
+            "setup": 0.0,
+            "warm_up": 0.0,
+            "data": 0.0,
+            "train_epochs": [0.0] * len(epochs),
+            "evaluate": 0.0,
+            "total": 0.0,
+        }
         state = {"step": 0, "losses": [], "step_seconds": [], "input_seconds": [], "seconds": seconds}
     state["restarts"] = {"resumed": 0, "steps_repeated": 0}
     progress = path.with_name("progress.json")
@@ -860,7 +881,7 @@ def make_record(options, device, started, work, state, step, quality):
     """Return the timing record of a training; the times are the largest of all workers."""
     per_step = np.array(state["step_seconds"])
     measured = state["seconds"] | {"median": float(np.median(per_step)), "p95": float(np.percentile(per_step, 95))}
-    names = ["setup", "data", "train", "train_epochs", "evaluate", "total", "median", "p95"]
+    names = ["setup", "warm_up", "data", "train", "train_epochs", "evaluate", "total", "median", "p95"]
     measured |= {"input": float(np.median(state["input_seconds"])), "peak_bytes": peak_memory(device)}
     workers, hosts, measured = gather_workers(measured)
     measured["train"] = train_seconds = sum(measured["train_epochs"])
@@ -875,7 +896,7 @@ def make_record(options, device, started, work, state, step, quality):
         "work": work,
         "environment": environment,
         "seconds": {name: measured[name] for name in names},
-        "step": step | {"input": measured["input"], "warm_up_steps": 0},  # no step is left out of seconds.train
+        "step": step | {"input": measured["input"]},
         "throughput": {
             "features_per_s": work["trained_features"] / train_seconds,
             "tokens_per_s": work["trained_tokens"] / train_seconds,
@@ -919,19 +940,24 @@ def main():
     epochs = plan_epochs(lengths, options)
     work = describe_work(options, data, model, lengths, epochs)
     log(f"{options.run}: {work['steps']} steps of {options.batch_size} features, {options.precision}, {device.type}")
+    warm_up_start = time.perf_counter()
+    warm_up_steps = warm_up(model, features, lengths, epochs[0], options, device)
+    warm_up_seconds = time.perf_counter() - warm_up_start
     directory = Path(options.checkpoints) / options.run
     directory.mkdir(exist_ok=True)
     path = directory / "last.pt"
     identity = work | {"script": Path(__file__).stem, "world_size": 1}
+    torch.manual_seed(options.seed)  # after the warm-up, which draws too
     state = start_or_resume(path, identity, epochs, model, optimizer)
     writer = SummaryWriter(str(Path(options.logs) / options.run), purge_step=state["step"] + 1)
-    state["seconds"]["data"] += data_seconds
-    state["seconds"]["setup"] += time.perf_counter() - PROCESS_START - data_seconds
+    before = {"warm_up": warm_up_seconds, "data": data_seconds}
+    before["setup"] = time.perf_counter() - PROCESS_START - sum(before.values())
+    state["seconds"] |= {name: state["seconds"][name] + value for name, value in before.items()}
     save = functools.partial(save_progress, path, identity, state, model, optimizer, options, device)
     quality, answers = train(
         model, optimizer, features, dev, epochs, state, save, watch_for_stop(), options, device, writer
     )
-    step = measure_step(model, features, epochs[0], options, device)
+    step = measure_step(model, features, epochs[0], options, device) | {"warm_up_steps": warm_up_steps}
     record = make_record(options, device, started, work, state, step, quality)
     writer.close()
     save_model(directory / "model", model, tokenizer)

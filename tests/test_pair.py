@@ -15,6 +15,7 @@ DIFFER = {
     "optimize": "a rank loads its share of each batch",
     "write_scalars": "only rank 0 writes",
     "train": "only rank 0 has a progress bar",
+    "warm_up": "a rank's share",
     "measure_step": "with and without the exchange; the slowest rank",
     "evaluate": "each question on one rank",
     "write_atomically": "only rank 0 writes",
