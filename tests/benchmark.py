@@ -1,0 +1,357 @@
+"""Measure the scripts beside what one would use instead, on this machine's CPU; wants `pip install accelerate`.
+
+    python tests/benchmark.py                              three rounds on the embedded sample
+    python tests/benchmark.py --squad DIR --steps 50       on DIR/train-v2.0-subset.json.gz
+    python tests/benchmark.py --only scaling --rounds 5
+
+The parts:
+    trainer    baseline.py and transformers' Trainer in three recipes
+    scaling    distributed.py on two workers and on one, and baseline.py; a worker is one thread
+    data       tokenising, the second start, decoding and scoring the whole dev set
+
+All contestants run once a round, in rotating order; a ratio is that of two runs of one round. All runs of a part train
+on the same features, each of them once: random questions that make exactly --steps batches are cut beforehand.
+"""
+
+import argparse
+import collections
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+import transformers
+import transformers.trainer_pt_utils
+
+from conftest import DEV_SET, ENCODER, ROOT, cut_sample, run_script, write_squad
+
+# isort: split
+import baseline  # conftest makes it importable
+
+BATCH_SIZE, SEED = 48, 42
+WINDOWS = {"max_length": 384, "doc_stride": 128}
+SETTINGS = {"lr": 5e-5, "warmup": 0.1, "weight_decay": 0.01, "max_grad_norm": 1.0, "seed": SEED, "precision": "fp32"}
+# The Trainer as it comes; with batches of like length; and these computed in the baseline's passes.
+RECIPES = ("plain", "grouped", "grouped in passes")
+# Part: (what the ratio says, measure, contestant above, contestant below, factor).
+RATIOS = {
+    "trainer": [(f"baseline over Trainer, {name}", "features_per_s", "baseline", name, 1) for name in RECIPES],
+    "scaling": [
+        ("speedup of two workers", "train_s", "baseline", "two workers", 1),
+        ("efficiency of two workers", "train_s", "baseline", "two workers", 1 / 2),
+        ("DDP's own cost: one worker over baseline", "train_s", "one worker", "baseline", 1),
+    ],
+    "data": [("features over the tokenizer alone", "features_per_s", "features", "tokenizer", 1)],
+}
+
+
+def build_parser():
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--rounds", type=int, default=3)
+    add("--steps", type=int, default=6, help=f"optimizer steps of a run, of {BATCH_SIZE} features each")
+    add("--micro-batch-size", type=int, default=6, help="of both scripts, and of the Trainer's last recipe")
+    add("--squad", type=Path, metavar="DIR", help="folder with train-v2.0-subset.json.gz (default: the sample)")
+    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of a process, except in scaling")
+    add("--only", choices=list(RATIOS), help="one part (default: all)")
+    add("--output", type=Path, default=Path("benchmark.json"), metavar="FILE")
+    add("--recipe", choices=RECIPES, help="only run the Trainer once, on --train-file")
+    add("--train-file")
+    return parser
+
+
+# data -----------------------------------------------------------------------------------------------------------------
+
+
+def tokenise(path, key):
+    """Return (questions of a SQuAD file, their features), under the key in the cache."""
+    questions, _ = baseline.read_squad_file(str(path))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(ENCODER)
+    return questions, baseline.load_features(questions, key, tokenizer=tokenizer, **WINDOWS)
+
+
+def cut_questions(source, wanted, path):
+    """Write random questions of a SQuAD file that make exactly so many features; return the path."""
+    questions, features = tokenise(source, "all")
+    windows, paragraphs, total = collections.Counter(features["question"]), [], 0
+    for index in np.random.default_rng(SEED).permutation(len(questions)).tolist():
+        if total + windows[index] <= wanted:
+            row, total = questions[index], total + windows[index]
+            answers = list(zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True))
+            paragraphs.append((row["context"], [(row["id"], row["question"], answers)]))
+    if total != wanted:
+        sys.exit(f"{source}: {total} features cannot fill --steps of {BATCH_SIZE} each: lower it, or give --squad")
+    return write_squad(path, paragraphs)
+
+
+def measure_features(questions, tokenizer):
+    """Turn questions into features in a cache without them; return the rate."""
+    began = time.perf_counter()
+    features = baseline.load_features(questions, f"measured-{began}", tokenizer=tokenizer, **WINDOWS)
+    return {"features_per_s": len(features) / (time.perf_counter() - began)}
+
+
+def measure_tokenizer(questions, tokenizer):
+    """Call the tokenizer as make_features does on the same texts, 1,000 at a time, and drop what it returns."""
+    texts, contexts, count = [text.strip() for text in questions["question"]], questions["context"][:], 0
+    arguments = {"truncation": "only_second", "max_length": WINDOWS["max_length"], "stride": WINDOWS["doc_stride"]}
+    arguments |= dict.fromkeys(("return_overflowing_tokens", "return_offsets_mapping"), True)
+    arguments |= dict.fromkeys(("return_attention_mask", "return_token_type_ids"), False)
+    began = time.perf_counter()
+    for first in range(0, len(texts), 1000):
+        rows = slice(first, first + 1000)
+        count += len(tokenizer(texts[rows], contexts[rows], **arguments)["input_ids"])
+    return {"features_per_s": count / (time.perf_counter() - began)}
+
+
+def measure_starts(train_file, dev_file, options):
+    """Start the baseline twice on a cache that is empty at first; return the times to its data and its first step."""
+    with tempfile.TemporaryDirectory() as cache:
+        run = functools.partial(
+            measure_script, "baseline.py", (train_file, dev_file, 1), options, options.threads,
+            batch_size=options.micro_batch_size, environment={"HF_DATASETS_CACHE": cache},
+        )  # fmt: skip
+        first, second = run(), run()
+    return {"first_data_s": first["data_s"], "second_data_s": second["data_s"], "second_start_s": second["start_s"]}
+
+
+def measure_answers(questions, features):
+    """Decode random logits of all windows and score the answers: what is left of an evaluation without its model."""
+    lengths, context_starts = np.array(features["length"]), np.array(features["context_start"])
+    by_length, spans, decode_s = np.argsort(lengths, kind="stable"), [], 0.0
+    for first in range(0, len(features), BATCH_SIZE):
+        rows = by_length[first : first + BATCH_SIZE]
+        positions = np.arange(lengths[rows].max())
+        in_context = (positions >= context_starts[rows, None]) & (positions < lengths[rows, None] - 1)
+        logits = torch.randn(2, *in_context.shape)
+        began = time.perf_counter()
+        spans.append(baseline.best_spans(*logits, torch.from_numpy(in_context)))
+        decode_s += time.perf_counter() - began
+    spans = torch.cat(spans).numpy()[np.argsort(by_length)]
+    has_answer = np.array([bool(golds["text"]) for golds in questions["answers"]])
+    began = time.perf_counter()
+    answers = baseline.answer_questions(questions, features, np.arange(len(features)), spans)
+    baseline.summarize(sorted(answers), has_answer)
+    return {"decode_s": decode_s, "score_s": time.perf_counter() - began}
+
+
+# training -------------------------------------------------------------------------------------------------------------
+
+
+def start(script, arguments, directory, threads, **how):
+    """Run a script to its end in the directory; end with its last words where it fails."""
+    how["environment"] = {"OMP_NUM_THREADS": str(threads)} | how.get("environment", {})
+    process = run_script(script, arguments, directory, **how)
+    if process.returncode:
+        sys.exit(f"{script}: exit status {process.returncode}\n{process.stderr[-3000:]}")
+
+
+def measure_script(script, files, options, threads, batch_size=BATCH_SIZE, **how):
+    """Train with a script in a directory of its own; return what its record says."""
+    arguments = {"model": ENCODER, "train_file": files[0], "dev_file": files[1], "max_steps": files[2], "epochs": 1}
+    arguments |= {"batch_size": batch_size, "micro_batch_size": options.micro_batch_size, "threads": threads}
+    arguments |= {"run": "run"} | WINDOWS | SETTINGS
+    flags = [word for name, value in arguments.items() for word in (f"--{name.replace('_', '-')}", value)]
+    with tempfile.TemporaryDirectory() as directory:
+        start(script, flags, directory, threads, **how)  # writes results, logs and checkpoints there
+        record = json.loads((Path(directory) / "results/run.json").read_text())
+    seconds = record["seconds"]
+    return {
+        "features_per_s": record["throughput"]["features_per_s"],
+        "train_s": seconds["train"],
+        "train_loss": record["quality"]["train_loss"],
+        "start_s": seconds["setup"] + seconds["data"],  # from the start of the process to the first step
+        "data_s": seconds["data"],
+        "input_share": record["step"]["input"] / seconds["median"],  # of a step, spent waiting for its batch
+    }
+
+
+def measure_trainer(recipe, train_file, options):
+    """Train with the Trainer in a process of its own; return what it measured."""
+    with tempfile.TemporaryDirectory() as directory:
+        output = Path(directory) / "measured.json"
+        arguments = ["--recipe", recipe, "--train-file", train_file, "--output", output, "--steps", options.steps]
+        arguments += ["--micro-batch-size", options.micro_batch_size, "--threads", options.threads]
+        start("tests/benchmark.py", arguments, directory, options.threads)
+        return json.loads(output.read_text())
+
+
+class Clock(transformers.TrainerCallback):
+    """Time the training alone, as the scripts do: from the first batch asked for to the last step done.
+
+    on_step_begin comes after the step's batch was read: it would leave the first one out. The Trainer's train_runtime
+    has its own preparing and reporting in it.
+    """
+
+    def on_epoch_begin(self, *_, **__):
+        self.began = time.perf_counter()
+
+    def on_step_end(self, *_, **__):
+        self.seconds = time.perf_counter() - self.began
+
+
+def trainer_columns(features):
+    """Return the features as `BertForQuestionAnswering` takes them from the Trainer, in memory."""
+    rows = features[:]
+    splits = list(zip(rows["context_start"], rows["length"], strict=True))
+    return datasets.Dataset.from_dict({
+        "input_ids": rows["input_ids"],
+        "attention_mask": [[1] * length for _, length in splits],
+        "token_type_ids": [[0] * start + [1] * (length - start) for start, length in splits],
+        "start_positions": rows["start_position"],
+        "end_positions": rows["end_position"],
+    })  # fmt: skip
+
+
+def train_with_trainer(options):
+    """Train an epoch with the Trainer, without whatever costs it time and is not training; write the figures."""
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(SEED)
+    model = transformers.BertForQuestionAnswering.from_pretrained(ENCODER, dtype=torch.float32)
+    tokenizer, clock = transformers.AutoTokenizer.from_pretrained(ENCODER), Clock()
+    dataset = trainer_columns(tokenise(options.train_file, "trainer")[1])
+    # On all of SQuAD the Trainer sorts within 50 batches, on little data within fewer, down to one. So it does 50 here.
+    grouped = functools.partial(transformers.trainer_pt_utils.get_length_grouped_indices, mega_batch_mult=50)
+    transformers.trainer_pt_utils.get_length_grouped_indices = grouped
+    pass_size = options.micro_batch_size if options.recipe == "grouped in passes" else BATCH_SIZE
+    arguments = transformers.TrainingArguments(
+        output_dir=str(options.output.parent),
+        max_steps=options.steps,
+        per_device_train_batch_size=pass_size,
+        gradient_accumulation_steps=BATCH_SIZE // pass_size,
+        train_sampling_strategy="random" if options.recipe == "plain" else "group_by_length",
+        learning_rate=SETTINGS["lr"],
+        warmup_steps=SETTINGS["warmup"],  # below 1 it is a share
+        weight_decay=SETTINGS["weight_decay"],
+        max_grad_norm=SETTINGS["max_grad_norm"],
+        seed=SEED,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        report_to="none",
+        **dict.fromkeys(("logging_strategy", "save_strategy", "eval_strategy"), "no"),
+    )
+    collator = transformers.DataCollatorWithPadding(tokenizer)
+    trainer = transformers.Trainer(
+        model, arguments, collator, dataset, processing_class=tokenizer, callbacks=[clock]
+    )  # fmt: skip
+    result, count = trainer.train(), options.steps * BATCH_SIZE
+    assert (len(dataset), result.global_step, torch.get_num_threads()) == (count, options.steps, options.threads)
+    measured = {"features_per_s": count / clock.seconds, "train_s": clock.seconds, "train_loss": result.training_loss}
+    options.output.write_text(json.dumps(measured | {"trainer_runtime_s": result.metrics["train_runtime"]}))
+
+
+# report ---------------------------------------------------------------------------------------------------------------
+
+
+def contestants_of(part, options, directory):
+    """Return {name: function that runs it once and returns its measurements} of a part; prepares what they need."""
+    squad, partial = options.squad and options.squad / "train-v2.0-subset.json.gz", functools.partial
+    dev_file = cut_sample("dev", 1, directory / "dev.json")  # the scripts evaluate after training, outside its time
+    if part == "data":
+        questions, _ = baseline.read_squad_file(str(squad or DEV_SET))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(ENCODER)
+        return {
+            "features": partial(measure_features, questions, tokenizer),
+            "tokenizer": partial(measure_tokenizer, questions, tokenizer),
+            "starts": partial(measure_starts, squad or DEV_SET, dev_file, options),
+            "answers": partial(measure_answers, *tokenise(DEV_SET, "dev")),
+        }
+    train_file = directory / "train.json"
+    cut_questions(squad or ROOT / "sample/train.json", options.steps * BATCH_SIZE, train_file)
+    files = ["--model", ENCODER, "--train-file", train_file, "--dev-file", dev_file]
+    start("baseline.py", [*files, "--prepare"], directory, options.threads)  # so that no run has to tokenise
+    run = partial(measure_script, files=(train_file, dev_file, options.steps), options=options)
+    if part == "trainer":
+        recipes = {name: partial(measure_trainer, name, train_file, options) for name in RECIPES}
+        return {"baseline": partial(run, "baseline.py", threads=options.threads)} | recipes
+    return {
+        "baseline": partial(run, "baseline.py", threads=1),
+        "one worker": partial(run, "distributed.py", threads=1, world_size=1),
+        "two workers": partial(run, "distributed.py", threads=1, world_size=2),
+    }
+
+
+def run_rounds(contestants, rounds):
+    """Run each contestant once a round, the first one changing; return [{contestant: {measure: value}}, ...]."""
+    names, measured = list(contestants), []
+    for number in range(rounds):
+        shift = number % len(names)
+        measured.append({})
+        for name in names[shift:] + names[:shift]:
+            print(f"round {number + 1} of {rounds}: {name}", file=sys.stderr, flush=True)
+            measured[-1][name] = contestants[name]()
+    return measured
+
+
+def report_part(part, rounds):
+    """Print a part's table; return what the file holds of it: all measurements, and medians and ranges over rounds."""
+
+    def summarise(label, values):
+        row = {"median": float(np.median(values)), "min": min(values), "max": max(values), "n": len(values)}
+        print(f"{label:48} {row['median']:9.4g}  {row['min']:.4g} to {row['max']:.4g}")
+        return row
+
+    print(f"\n{part:48} {'median':>9}  range, n = {len(rounds)}")
+    measures, ratios = collections.defaultdict(dict), {}
+    for name, measured in rounds[0].items():
+        for measure in measured:
+            measures[name][measure] = summarise(f"{name:20} {measure}", [run[name][measure] for run in rounds])
+    for label, measure, above, below, factor in RATIOS[part]:
+        ratios[label] = summarise(label, [factor * run[above][measure] / run[below][measure] for run in rounds])
+    return {"rounds": rounds, "measures": measures, "ratios": ratios}
+
+
+def describe_machine():
+    """Return what the figures depend on beside the options."""
+    git = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    packages = ["torch", "transformers", "tokenizers", "datasets", "accelerate"]
+    return {
+        "cpu": (re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) or [os.uname().machine])[0],
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average": os.getloadavg()[0],  # above 0, others were at work when this started
+        "python": sys.version.split()[0],
+        "packages": {name: importlib.metadata.version(name) for name in packages if importlib.util.find_spec(name)},
+        "git_commit": shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+    }
+
+
+def main():
+    options = build_parser().parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    if options.recipe:
+        train_with_trainer(options)
+        return
+    parts = [options.only] if options.only else list(RATIOS)
+    if "trainer" in parts and not importlib.util.find_spec("accelerate"):
+        sys.exit("the Trainer wants accelerate: pip install accelerate, or leave it out with --only")
+    if BATCH_SIZE % options.micro_batch_size:
+        sys.exit(f"--micro-batch-size {options.micro_batch_size}: must divide {BATCH_SIZE}, for the Trainer")
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    torch.set_num_threads(options.threads)
+    content = {"machine": describe_machine(), "options": vars(options), "parts": {}}
+    with tempfile.TemporaryDirectory() as directory:
+        os.environ["HF_DATASETS_CACHE"] = directory
+        datasets.config.HF_DATASETS_CACHE = directory
+        for part in parts:
+            rounds = run_rounds(contestants_of(part, options, Path(directory)), options.rounds)
+            content["parts"][part] = report_part(part, rounds)
+            options.output.write_text(json.dumps(content, indent=2, default=str))
+
+
+if __name__ == "__main__":
+    main()
