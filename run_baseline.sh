@@ -75,9 +75,11 @@ command=("$venv/bin/python" "$root/${TRAINING_SCRIPT:-baseline.py}" "$@") # run_
 warned=
 trap 'warned=1; kill -TERM $!' USR1
 trap 'kill -TERM $!' TERM # cancelled or preempted: no more to do here
-while kill -0 $! 2> /dev/null; do
+status=0
+wait $! || status=$?
+while kill -0 $! 2> /dev/null; do # a signal has ended the waiting, not the run
     status=0
-    wait $! || status=$? # which a signal interrupts
+    wait $! || status=$?
 done
 if [[ -n $warned && $status -ne 0 ]]; then
     scontrol requeue "$SLURM_JOB_ID"

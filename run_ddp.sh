@@ -125,7 +125,9 @@ fi
 warned=
 trap 'warned=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 trap : TERM # cancelled or preempted: Slurm tells all
-while kill -0 $! 2> /dev/null; do
+status=0
+wait $! || status=$?
+while kill -0 $! 2> /dev/null; do # a signal has ended the waiting, not the run
     status=0
     wait $! || status=$?
 done
