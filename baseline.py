@@ -792,14 +792,8 @@ def start_or_resume(path, work, epochs, model, optimizer):
     if path.exists():
         state = load_checkpoint(path, work, model, optimizer)
     else:
-        seconds = {
-            "setup": 0.0,
-            "warm_up": 0.0,
-            "data": 0.0,
-            "train_epochs": [0.0] * len(epochs),
-            "evaluate": 0.0,
-            "total": 0.0,
-        }
+        seconds = dict.fromkeys(["setup", "warm_up", "data", "evaluate", "measure", "total"], 0.0)
+        seconds["train_epochs"] = [0.0] * len(epochs)
         state = {"step": 0, "losses": [], "step_seconds": [], "input_seconds": [], "seconds": seconds}
     state["restarts"] = {"resumed": 0, "steps_repeated": 0}
     progress = path.with_name("progress.json")
@@ -881,7 +875,7 @@ def make_record(options, device, started, work, state, step, quality):
     """Return the timing record of a training; the times are the largest of all workers."""
     per_step = np.array(state["step_seconds"])
     measured = state["seconds"] | {"median": float(np.median(per_step)), "p95": float(np.percentile(per_step, 95))}
-    names = ["setup", "warm_up", "data", "train", "train_epochs", "evaluate", "total", "median", "p95"]
+    names = ["setup", "warm_up", "data", "train", "train_epochs", "evaluate", "measure", "total", "median", "p95"]
     measured |= {"input": float(np.median(state["input_seconds"])), "peak_bytes": peak_memory(device)}
     workers, hosts, measured = gather_workers(measured)
     measured["train"] = train_seconds = sum(measured["train_epochs"])
@@ -957,7 +951,9 @@ def main():
     quality, answers = train(
         model, optimizer, features, dev, epochs, state, save, watch_for_stop(), options, device, writer
     )
+    measure_start = time.perf_counter()
     step = measure_step(model, features, epochs[0], options, device) | {"warm_up_steps": warm_up_steps}
+    state["seconds"]["measure"] = time.perf_counter() - measure_start
     record = make_record(options, device, started, work, state, step, quality)
     writer.close()
     save_model(directory / "model", model, tokenizer)

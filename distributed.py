@@ -2,7 +2,7 @@
 
     bash run_ddp.sh --sample                          two workers on the embedded sample, minutes on any machine
     sbatch --nodes=4 --gres=gpu:a100:4 run_ddp.sh     two epochs of SQuAD 2.0 on sixteen GPUs
-    torchrun --standalone --nproc-per-node=2 distributed.py --train-file train.json --dev-file dev.json
+    torchrun --standalone --nproc-per-node=2 -- distributed.py --train-file train.json --dev-file dev.json
     python distributed.py --report                    the scaling table and figure, from the records at hand
 
 `diff baseline.py distributed.py` shows what data parallelism takes.
@@ -878,14 +878,8 @@ def start_or_resume(path, work, epochs, model, optimizer):
     if path.exists():
         state = load_checkpoint(path, work, model, optimizer)
     else:
-        seconds = {
-            "setup": 0.0,
-            "warm_up": 0.0,
-            "data": 0.0,
-            "train_epochs": [0.0] * len(epochs),
-            "evaluate": 0.0,
-            "total": 0.0,
-        }
+        seconds = dict.fromkeys(["setup", "warm_up", "data", "evaluate", "measure", "total"], 0.0)
+        seconds["train_epochs"] = [0.0] * len(epochs)
         state = {"step": 0, "losses": [], "step_seconds": [], "input_seconds": [], "seconds": seconds}
     state["restarts"] = {"resumed": 0, "steps_repeated": 0}
     progress = path.with_name("progress.json")
@@ -973,7 +967,7 @@ def make_record(options, device, started, work, state, step, quality):
     """Return the timing record of a training; the times are the largest of all workers."""
     per_step = np.array(state["step_seconds"])
     measured = state["seconds"] | {"median": float(np.median(per_step)), "p95": float(np.percentile(per_step, 95))}
-    names = ["setup", "warm_up", "data", "train", "train_epochs", "evaluate", "total", "median", "p95"]
+    names = ["setup", "warm_up", "data", "train", "train_epochs", "evaluate", "measure", "total", "median", "p95"]
     measured |= {"input": float(np.median(state["input_seconds"])), "peak_bytes": peak_memory(device)}
     workers, hosts, measured = gather_workers(measured)
     measured["train"] = train_seconds = sum(measured["train_epochs"])
@@ -1131,6 +1125,10 @@ def scaling_row(group, base):
         row["mode"] = "DDP strong" if same_batch else "DDP weak"
     speedup = median(base, "seconds", "train") / seconds
     base_low, base_high = spread(of["seconds"]["train"] for of in base)
+
+    def end_to_end(records):  # without what the measurement of single steps took, which trains nothing
+        return float(np.median([of["seconds"]["total"] - of["seconds"]["measure"] for of in records]))
+
     of_seeds = {of["work"]["seed"]: of["quality"]["f1"] for of in base}
     noise = float(np.std(list(of_seeds.values()), ddof=1)) if len(of_seeds) > 2 else SEED_NOISE
     difference = row["f1"] - median(base, "quality", "f1")
@@ -1140,7 +1138,7 @@ def scaling_row(group, base):
         "speedup_spread": [base_low / high, base_high / low],
         "efficiency": speedup / workers,
         "serial_fraction": (1 / speedup - 1 / workers) / (1 - 1 / workers) if workers > 1 else None,
-        "end_to_end_speedup": median(base, "seconds", "total") / median(group, "seconds", "total"),
+        "end_to_end_speedup": end_to_end(base) / end_to_end(group),
         "lost": lost_efficiency(group, base, workers),
         "f1_difference": difference,
         "f1_within_noise": abs(difference) <= 2 * noise,
@@ -1250,7 +1248,8 @@ def show_remarks(rows, excluded, prediction):
         if row["efficiency"] > 1 and row["workers"] > 1:
             print(f"{row['workers']} workers: efficiency above 100 %: the baseline is not the best sequential run")
         if not row["f1_within_noise"]:
-            print(f"{row['workers']} workers: F1 differs from the base's by more than two sigma of seeds")
+            where = f"{row['workers']} workers on {row['nodes']} nodes"
+            print(f"{where}: F1 differs from the base's by more than two sigma of seeds")
     if prediction:
         speedups = [f"{speedup:.2f} on {workers}" for workers, speedup in prediction.items() if workers < math.inf][1:]
         print(
@@ -1352,7 +1351,9 @@ def main():
         )
     except RuntimeError as error:
         explain_timeout(error, roll_call)
+    measure_start = time.perf_counter()
     step = measure_step(parallel, features, epochs[0], options, device) | {"warm_up_steps": warm_up_steps}
+    state["seconds"]["measure"] = time.perf_counter() - measure_start
     record = make_record(options, device, started, work, state, step, quality)
     dist.destroy_process_group()
     if RANK > 0:
@@ -1366,12 +1367,9 @@ def main():
     path.unlink(missing_ok=True)
     path.with_name("progress.json").unlink(missing_ok=True)
     log(f"{record_path}: {record['seconds']['train']:.1f} s of training, {record['seconds']['total']:.1f} s in all")
-    try:
+    try:  # the training is done and its record written, whatever becomes of the report
         report(options)
-    except (
-        OSError,
-        ScriptError,
-    ) as error:  # the training is done and its record written, whatever becomes of the report
+    except (OSError, ScriptError) as error:
         print(f"no report: {error}", file=sys.stderr)
 
 

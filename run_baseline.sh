@@ -58,23 +58,31 @@ if ! is_complete; then
     ) 9> "$venv/lock"
 fi
 
-if [[ -n ${SLURM_JOB_ID:-} ]]; then
-    # Compute nodes seldom reach the internet, and the hub's client would wait for it.
-    export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
-    # One worker has all CPUs of the job; a value from the submitting shell means another machine.
-    export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}
-    commit=$(git -C "$root" describe --always --dirty --abbrev=40 --exclude='*' 2> /dev/null || true)
-    echo "job $SLURM_JOB_ID started $(date --utc +%FT%TZ), commit ${commit:-unknown}," \
-        "hosts $(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste --serial --delimiters=' ')"
+if [[ ${1:-} == -- ]]; then # run_ddp.sh has another command run in its place
+    shift
+else
+    set -- "$venv/bin/python" "$root/baseline.py" "$@"
+    if [[ -n ${SLURM_JOB_ID:-} ]]; then
+        # Compute nodes seldom reach the internet, and the hub's client would wait for it.
+        export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
+        # One worker has all CPUs of the job; a value from the submitting shell means another machine.
+        export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}
+        commit=$(git -C "$root" describe --always --dirty --abbrev=40 --exclude='*' 2> /dev/null || true)
+        echo "job $SLURM_JOB_ID started $(date --utc +%FT%TZ), commit ${commit:-unknown}," \
+            "hosts $(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste --serial --delimiters=' ')"
+    fi
 fi
+[[ -n ${SLURM_JOB_ID:-} ]] || exec "$@" # signals and the exit status are the command's own
 
-command=("$venv/bin/python" "$root/${TRAINING_SCRIPT:-baseline.py}" "$@") # run_ddp.sh names its own, to report
-[[ -n ${SLURM_JOB_ID:-} ]] || exec "${command[@]}"                       # signals and the status are Python's own
-
-"${command[@]}" &
+"$@" &
 warned=
-trap 'warned=1; kill -TERM $!' USR1
-trap 'kill -TERM $!' TERM # cancelled or preempted: no more to do here
+# srun would not pass SIGTERM on, but kill: Slurm itself can signal its tasks.
+if [[ $1 == srun ]]; then
+    trap 'warned=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+else
+    trap 'warned=1; kill -TERM $!' USR1
+fi
+trap : TERM # cancelled, requeued or preempted: Slurm tells all processes
 status=0
 wait $! || status=$?
 while kill -0 $! 2> /dev/null; do # a signal has ended the waiting, not the run

@@ -41,7 +41,9 @@ fi
 # Nothing to train: one process is enough.
 for argument; do
     case $argument in
-        --report | --help | -h) TRAINING_SCRIPT=distributed.py exec bash "$root/run_baseline.sh" "$@" ;;
+        --report | --help | -h)
+            exec bash "$root/run_baseline.sh" -- "$root/.venv/bin/python" "$root/distributed.py" "$@"
+            ;;
         --prepare) exec bash "$root/run_baseline.sh" "$@" ;;
     esac
 done
@@ -110,28 +112,12 @@ fi
 
 # On each node: a worker for each GPU that Slurm allots, or two on its CPUs; the CPUs divided among them. is_host: the
 # first node holds the meeting, and no other does, whatever torchrun thinks of their names; so nobody trains alone.
-# When a worker dies, torchrun ends those of its node, and srun ends the other nodes'.
+# When a worker dies, torchrun ends those of its node, and srun ends the other nodes'. Asked to stop, workers have 30 s.
 # shellcheck disable=SC2016 # a node's own variables
-"${step[@]}" --kill-on-bad-exit=1 bash -c '
+exec bash "$root/run_baseline.sh" -- "${step[@]}" --kill-on-bad-exit=1 bash -c '
     workers=${SLURM_GPUS_ON_NODE:-2}
     export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK > workers ? SLURM_CPUS_PER_TASK / workers : 1))
     exec "$0" --nproc-per-node="$workers" --local-addr="$SLURMD_NODENAME" \
         --rdzv-conf="is_host=$((SLURM_NODEID == 0)),join_timeout=300" "$@"' \
     "$torchrun" --nnodes="$SLURM_NNODES" --rdzv-backend=c10d --rdzv-endpoint="$head:$port" \
-    --rdzv-id="$SLURM_JOB_ID" -- "$root/distributed.py" "$@" &
-
-# As in run_baseline.sh. Slurm signals the torchruns, and these their workers, who have 30 s then; srun itself would
-# not pass SIGTERM on, but kill.
-warned=
-trap 'warned=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
-trap : TERM # cancelled or preempted: Slurm tells all
-status=0
-wait $! || status=$?
-while kill -0 $! 2> /dev/null; do # a signal has ended the waiting, not the run
-    status=0
-    wait $! || status=$?
-done
-if [[ -n $warned && $status -ne 0 ]]; then
-    scontrol requeue "$SLURM_JOB_ID"
-fi
-exit "$status"
+    --rdzv-id="$SLURM_JOB_ID" -- "$root/distributed.py" "$@"

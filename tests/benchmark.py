@@ -16,13 +16,9 @@ on the same features, each of them once: random questions that make exactly --st
 import argparse
 import collections
 import functools
-import importlib.metadata
 import importlib.util
 import json
 import os
-import re
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -172,7 +168,7 @@ def measure_script(script, files, options, threads, batch_size=BATCH_SIZE, **how
         "features_per_s": record["throughput"]["features_per_s"],
         "train_s": seconds["train"],
         "train_loss": record["quality"]["train_loss"],
-        "start_s": seconds["setup"] + seconds["data"],  # from the start of the process to the first step
+        "start_s": seconds["setup"] + seconds["data"] + seconds["warm_up"],  # until the first step
         "data_s": seconds["data"],
         "input_share": record["step"]["input"] / seconds["median"],  # of a step, spent waiting for its batch
     }
@@ -316,15 +312,9 @@ def report_part(part, rounds):
 
 def describe_machine():
     """Return what the figures depend on beside the options."""
-    git = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    packages = ["torch", "transformers", "tokenizers", "datasets", "accelerate"]
-    return {
-        "cpu": (re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) or [os.uname().machine])[0],
+    return baseline.describe_environment(torch.device("cpu"), [baseline.host_name()]) | {
         "cores": len(os.sched_getaffinity(0)),
         "load_average": os.getloadavg()[0],  # above 0, others were at work when this started
-        "python": sys.version.split()[0],
-        "packages": {name: importlib.metadata.version(name) for name in packages if importlib.util.find_spec(name)},
-        "git_commit": shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip(),
     }
 
 

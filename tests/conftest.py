@@ -56,23 +56,34 @@ def write_tiny_model(directory):
     return directory
 
 
-def run_script(script, arguments, directory, world_size=None, environment=()):
-    """Run a script in the directory, under torchrun where world_size is given; return the finished process."""
+def start_script(script, arguments, directory, world_size=None, environment=(), **streams):
+    """Start a script in the directory, under torchrun where world_size is given, in a session of its own."""
     command = [sys.executable]
     if world_size:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}", "--"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | dict(environment)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | dict(environment)
     command += [str(ROOT / script), *map(str, arguments)]
-    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=1500)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
+    return subprocess.Popen(command, cwd=directory, env=environment, text=True, start_new_session=True, **streams)
+
+
+def run_script(script, arguments, directory, world_size=None, environment=()):
+    """Run a script as start_script() does; return the finished process."""
+    process = start_script(script, arguments, directory, world_size, environment)
+    output, error = process.communicate(timeout=1500)
+    return subprocess.CompletedProcess(process.args, process.returncode, output, error)
 
 
 def read_scalars(directory):
-    """Return {tag: {step: value}} of a TensorBoard directory."""
+    """Return {tag: {step: value}} of a TensorBoard directory, which shows no step of a tag twice."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(directory), size_guidance={"scalars": 0})
     events.Reload()
-    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+    scalars = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+    steps = {tag: [event.step for event in shown] for tag, shown in scalars.items()}
+    assert all(len(of_tag) == len(set(of_tag)) for of_tag in steps.values()), steps
+    return {tag: {event.step: event.value for event in shown} for tag, shown in scalars.items()}
 
 
 @pytest.fixture(scope="session", autouse=True)

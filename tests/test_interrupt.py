@@ -1,5 +1,6 @@
 """Interrupted runs: real processes, real signals; a resumed run ends with the bytes of one that was left alone."""
 
+import contextlib
 import json
 import os
 import random
@@ -8,13 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from conftest import ROOT, cut_sample, read_scalars, run_script, write_tiny_model
+from conftest import ROOT, cut_sample, read_scalars, run_script, start_script, write_tiny_model
+from slurm import processes
 
 WORLDS = [("baseline.py", None), ("distributed.py", 2)]
 # The test's own hook: the interpreter imports a module of this name at its start. Writing a checkpoint takes 2 s more.
@@ -36,43 +37,26 @@ os.replace = slow_replace
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory):
-    """A BERT of two small layers, with dropout: 18 quick steps in 2 epochs."""
+    """A BERT of two small layers, with dropout: 120 quick steps in 12 epochs."""
     directory = tmp_path_factory.mktemp("data")
     files = cut_sample("train", 60, directory / "train.json"), cut_sample("dev", 20, directory / "dev.json")
-    arguments = [
-        "--model",
-        write_tiny_model(directory / "model"),
-        "--random-init",
-        "--train-file",
-        files[0],
-        "--dev-file",
-        files[1],
-    ]
-    return [*arguments, "--threads", 1, "--batch-size", 7, "--lr", 1e-3, "--run", "r", "--checkpoint-every", 2]
+    model = write_tiny_model(directory / "model")
+    arguments = ["--model", model, "--random-init", "--train-file", files[0], "--dev-file", files[1]]
+    arguments += ["--threads", 1, "--batch-size", 7, "--epochs", 12, "--lr", 1e-3, "--run", "r"]
+    return [*arguments, "--checkpoint-every", 2]
 
 
 def start(script, arguments, directory, world_size, environment=()):
-    """Start a script in a process group of its own."""
-    launch = [sys.executable]
-    if world_size:
-        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}", "--"]
-    return subprocess.Popen(
-        [*launch, str(ROOT / script), *map(str, arguments)],
-        cwd=directory,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | dict(environment),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    """Start a script; all its processes have the directory in their environment."""
+    environment = {"STARTED_IN": str(directory)} | dict(environment)
+    return start_script(script, arguments, directory, world_size, environment, stderr=subprocess.STDOUT)
 
 
-def kill(process):
-    """Kill the process and all that it started, which lie in sessions of their own under torchrun."""
-    command = ["pkill", "--signal", "KILL", "--parent", str(process.pid)]
-    os.kill(process.pid, signal.SIGSTOP)  # that torchrun does not react
-    subprocess.run(command, check=False)
-    os.kill(process.pid, signal.SIGKILL)
+def kill(process, directory):
+    """Kill all that was started in the directory, torchrun first."""
+    for number in sorted(processes("STARTED_IN", str(directory))):
+        with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+            os.kill(number, signal.SIGKILL)
     process.wait()
 
 
@@ -114,21 +98,11 @@ def check_same(directory, expected):
     assert found.weights == expected.weights
     assert found.quality == expected.quality
     assert found.scalars == expected.scalars
-    shown = count_events(directory / "logs/r", "train/loss")
-    assert shown == list(range(1, found.record["work"]["steps"] + 1))  # none twice
+    assert list(found.scalars["train/loss"]) == list(range(1, found.record["work"]["steps"] + 1))
     seconds = found.record["seconds"]
     assert 0 < seconds["train"] == sum(seconds["train_epochs"]) < seconds["total"]
     assert sorted(path.name for path in (directory / "checkpoints/r").iterdir()) == ["model"]
     return found.record
-
-
-def count_events(directory, tag):
-    """Return the steps that TensorBoard shows of a series, in its order."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(directory), size_guidance={"scalars": 0})
-    events.Reload()
-    return [event.step for event in events.Scalars(tag)]
 
 
 @pytest.mark.parametrize(("script", "world_size"), WORLDS)
@@ -138,17 +112,17 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(arguments, undisturbed
     (tmp_path / "sitecustomize.py").write_text(SLOW_CHECKPOINTS)
     kills = 8 if os.environ.get("SQUAD_LONG") == "1" else 1
     kills += world_size is None
-    for _ in range(kills):
+    for number in range(kills):
         process = start(script, arguments, tmp_path, world_size)
-        wait_for_step(process, chance.randint(1, 10))
+        wait_for_step(process, (number + chance.random()) * 80 / kills)
         time.sleep(chance.random() / 10)
-        kill(process)
+        kill(process, tmp_path)
     for _ in range(2):
         process = start(script, arguments, tmp_path, world_size, {"PYTHONPATH": str(tmp_path)})
         while not (tmp_path / "writing").exists() and process.poll() is None:
             time.sleep(0.05)
         assert process.poll() is None
-        kill(process)
+        kill(process, tmp_path)
         (tmp_path / "writing").unlink()
         assert list((tmp_path / "checkpoints/r").glob(".*.partial"))
     process = run_script(script, arguments, tmp_path, world_size)
@@ -181,7 +155,7 @@ def interrupted(arguments, tmp_path_factory):
     directory = tmp_path_factory.mktemp("interrupted")
     process = start("baseline.py", arguments, directory, None)
     wait_for_step(process, 4)
-    kill(process)
+    kill(process, directory)
     assert (directory / "checkpoints/r/last.pt").exists()
     return directory
 
@@ -258,12 +232,8 @@ def test_a_rank_that_hangs_is_named(arguments, tmp_path):
     (tmp_path / "distributed.py").write_text(source.replace("timedelta(minutes=5)", "timedelta(seconds=8)"))
     process = start(tmp_path / "distributed.py", [*arguments, "--epochs", 1000], tmp_path, 2)
     wait_for_step(process, 3)
-    children = subprocess.run(["pgrep", "--parent", str(process.pid)], capture_output=True, text=True).stdout.split()
-    ranks = {}
-    for child in children:
-        environment = Path(f"/proc/{child}/environ").read_text().split("\0")
-        ranks[next(item for item in environment if item.startswith("RANK="))] = int(child)
-    os.kill(ranks["RANK=1"], signal.SIGSTOP)
+    ranks = {of.get("RANK"): number for number, of in processes("STARTED_IN", str(tmp_path)).items()}
+    os.kill(ranks["1"], signal.SIGSTOP)
     output, _ = process.communicate(timeout=150)
     assert process.returncode != 0
     said = [line for line in output.splitlines() if line.startswith("distributed.py: error:")]

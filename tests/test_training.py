@@ -134,7 +134,7 @@ def test_what_a_run_leaves_behind(train):
     assert answered == {id_ for id_, text in run["answers"].items() if text}
     seconds = record["seconds"]
     assert seconds["train"] == sum(seconds["train_epochs"])
-    parts = ("setup", "data", "train", "evaluate")
+    parts = ("setup", "warm_up", "data", "train", "evaluate", "measure")
     assert 0 < sum(seconds[part] for part in parts) <= seconds["total"]
     assert record["throughput"]["features_per_s"] == record["work"]["features"] / seconds["train"]
     assert 0 < record["step"]["compute"] < seconds["train"] and record["throughput"]["mfu"] is None
