@@ -47,6 +47,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+from transformers import AutoConfig, AutoTokenizer, BertForQuestionAnswering
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun's; the one voice of the job is rank 0's
 TIMEOUT = datetime.timedelta(minutes=5)  # for a rank that the others wait for
@@ -366,8 +367,8 @@ def load_features(questions, key, **arguments):
 def load_data(options):
     """Return (tokenizer, train features, (dev questions, dev features), what the record says of them)."""
     try:
-        config = transformers.AutoConfig.from_pretrained(options.model)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
+        config = AutoConfig.from_pretrained(options.model)
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
     except Exception as error:  # the hub's client raises many kinds
         way_out = "name a directory, or run with --prepare where the hub can be reached"
         raise ScriptError(f"--model {options.model}: no checkpoint ({type(error).__name__}); {way_out}") from error
@@ -384,10 +385,10 @@ def load_data(options):
         features = load_features(questions, key, tokenizer=tokenizer, **arguments)
         loaded.append((questions, features))
         name = Path(path).name if path else f"{HUB_DATASET} {split}"
-        impossible = sum(not answers["text"] for answers in questions["answers"])
+        impossible = sum(not answers["text"] for answers in questions["answers"][:])
         counts |= {f"{prefix}dataset": name, f"{prefix}sha256": sha256, f"{prefix}questions": len(questions)}
         counts |= {f"{prefix}impossible": impossible, f"{prefix}features": len(features)}
-        counts |= {f"{prefix}tokens": sum(features["length"])}
+        counts |= {f"{prefix}tokens": sum(features["length"][:])}
         log(f"{name}: {len(questions):,} questions, {impossible:,} impossible; {len(features):,} features")
     (_, train_features), dev = loaded
     return tokenizer, train_features, dev, counts
@@ -464,15 +465,15 @@ def load_passes(batches, features, options, device):
 def load_model(options, device):
     """Return BertForQuestionAnswering on the device; its span head is new where the checkpoint has none."""
     torch.manual_seed(options.seed)
-    config = transformers.AutoConfig.from_pretrained(options.model)
+    config = AutoConfig.from_pretrained(options.model)
     if options.dropout is not None:
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = options.dropout
     try:
         if options.random_init:
             log("random initial weights: this run measures speed, its answers mean nothing")
-            model = transformers.BertForQuestionAnswering(config)
+            model = BertForQuestionAnswering(config)
         else:
-            model = transformers.BertForQuestionAnswering.from_pretrained(
+            model = BertForQuestionAnswering.from_pretrained(
                 options.model, config=config, dtype=torch.float32, attn_implementation="sdpa"
             )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
@@ -704,7 +705,7 @@ def best_spans(start_logits, end_logits, in_context):
 def predict(model, features, indices, options, device):
     """Return (sum of the losses of the features at the indices, their best spans [n, 4])."""
     model.eval()
-    by_length = np.argsort(np.array(features["length"])[indices], kind="stable")
+    by_length = np.argsort(np.array(features["length"][:])[indices], kind="stable")
     size = min(options.micro_batch_size or 48, options.batch_size)  # --batch-size is that of all workers
     batches = [indices[by_length[first : first + size]] for first in range(0, len(indices), size)]
     loss_sum, spans = torch.zeros((), device=device), [torch.zeros((0, 4), device=device)]
@@ -785,12 +786,12 @@ def summarize(answers, has_answer):
 def evaluate(model, questions, features, options, device):
     """Return (quality, answers): dev loss with the official figures, and the answers in the questions' order."""
     # By question, so that all windows of one are on one rank.
-    indices = np.flatnonzero(np.array(features["question"]) % dist.get_world_size() == RANK)
+    indices = np.flatnonzero(np.array(features["question"][:]) % dist.get_world_size() == RANK)
     loss_sum, spans = predict(model, features, indices, options, device)
     of_ranks = gather((loss_sum, answer_questions(questions, features, indices, spans)))
     loss_sum = sum(rank_loss for rank_loss, _ in of_ranks)
     answers = sorted(answer for _, rank_answers in of_ranks for answer in rank_answers)
-    has_answer = np.array([bool(golds["text"]) for golds in questions["answers"]])
+    has_answer = np.array([bool(golds["text"]) for golds in questions["answers"][:]])
     return {"dev_loss": loss_sum / len(features)} | summarize(answers, has_answer), answers
 
 
@@ -1324,7 +1325,7 @@ def main():
     if options.prepare:
         return
     optimizer = make_optimizer(model, options)
-    lengths = np.array(features["length"])
+    lengths = np.array(features["length"][:])
     epochs = plan_epochs(lengths, options)
     work = describe_work(options, data, model, lengths, epochs)
     log(f"{options.run}: {work['steps']} steps of {options.batch_size} features, {options.precision}, {device.type}")
