@@ -181,6 +181,8 @@ def select_device(options):
     if options.precision == "bf16" and not has_bf16:
         raise ScriptError("--precision bf16: this GPU can only emulate it; use fp32")
     torch.set_float32_matmul_precision("high" if options.precision == "tf32" else "highest")
+    if on_gpu:
+        torch.backends.cuda.enable_math_sdp(False)  # attention without a fused kernel is an error then, not just slow
     return device
 
 

@@ -192,6 +192,8 @@ def select_device(options):
     if options.precision == "bf16" and not has_bf16:
         raise ScriptError("--precision bf16: this GPU can only emulate it; use fp32")
     torch.set_float32_matmul_precision("high" if options.precision == "tf32" else "highest")
+    if on_gpu:
+        torch.backends.cuda.enable_math_sdp(False)  # attention without a fused kernel is an error then, not just slow
     return device
 
 
@@ -1007,12 +1009,15 @@ def save_model(directory, model, tokenizer):
 # scaling --------------------------------------------------------------------------------------------------------------
 
 # Where two records differ in one of these, the ratio of their times means nothing.
-COMPARED = {
-    "work": "model parameters random_init sha256 dev_sha256 questions features trained_features epochs max_length "
-    "doc_stride precision compile dropout optimizer",
-    "workers": "threads",
-    "environment": "device torch",
-}
+COMPARED = [
+    "work.model", "work.parameters", "work.random_init", "work.sha256", "work.dev_sha256", "work.questions",
+    "work.features", "work.trained_features", "work.epochs", "work.max_length", "work.doc_stride", "work.precision",
+    "work.compile", "work.dropout", "work.optimizer", "workers.threads", "environment.device", "environment.torch",
+]  # fmt: skip
+# Where they are equal in these too, they are repetitions.
+REPEATED = [
+    "script", "workers.world_size", "workers.nodes", "work.global_batch_size", "work.micro_batch_size", "work.lr",
+]  # fmt: skip
 SEED_NOISE = 0.16  # F1, one standard deviation between seeds, trained and scored on all of SQuAD 2.0
 COLUMNS = {  # of the table; key in a row: (heading, format)
     "workers": ("workers", "{}"), "nodes": ("nodes", "{}"), "mode": ("mode", "{}"), "precision": ("precision", "{}"),
@@ -1023,123 +1028,120 @@ COLUMNS = {  # of the table; key in a row: (heading, format)
     "train_loss": ("loss", "{:.3f}"), "exact": ("EM", "{:.2f}"), "f1": ("F1", "{:.2f}"),
     "f1_difference": ("from base", "{:+.2f}"),
 }  # fmt: skip
-LOSSES = ["communication", "imbalance", "smaller batches", "input", "rest"]
+LOSSES = {"communication": "communication", "imbalance": "imbalance", "compute": "smaller batches", "input": "input"}
+
+
+def flatten(record):
+    """Return a timing record as {"section.key": value}."""
+    if record["schema"] != 1:
+        raise ValueError(f"schema {record['schema']} is not 1")
+    flat = {name: value for name, value in record.items() if not isinstance(value, dict)}
+    for section, values in record.items():
+        if section not in flat:
+            flat |= {f"{section}.{key}": value for key, value in values.items()}
+    if flat["environment.nccl"]:
+        flat["workers.threads"] = None  # a worker is a GPU there, whatever threads feed it
+    return flat
 
 
 def read_records(directory):
-    """Return the timing records of a directory, each with its "compared" fields; a damaged one is named and skipped."""
+    """Return the directory's timing records, flat; a damaged one is named and skipped."""
     records = []
-    for path in sorted(set(Path(directory).glob("*.json")) - {Path(directory) / "speedup.json"}):
+    for path in sorted(set(directory.glob("*.json")) - {directory / "speedup.json"}):
         try:
-            record = json.loads(path.read_text())
-            if record["schema"] != 1:
-                raise ValueError(f"schema {record['schema']} is not 1")
-            record["compared"] = {
-                f"{section}.{key}": record[section][key] for section, keys in COMPARED.items() for key in keys.split()
-            }
-            if record["environment"]["nccl"]:  # a worker is a GPU there, whatever threads feed it
-                del record["compared"]["workers.threads"]
-            format_table(COLUMNS, [scaling_row([record], [record])])  # has all that a row needs
+            record = flatten(json.loads(path.read_text()))
+            scaling_row([record], [record])  # has all that a row needs
+            group_records([record])
             records.append(record)
-        except KeyError as error:
-            print(f"{path}: skipped: no timing record: no key {error}", file=sys.stderr)
-        except (OSError, ValueError, TypeError, ZeroDivisionError) as error:
-            print(f"{path}: skipped: no timing record: {error}", file=sys.stderr)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+            print(f"{path}: skipped: no timing record ({type(error).__name__}: {error})", file=sys.stderr)
     return records
 
 
 def group_records(records):
-    """Return lists of records of equal work by equal workers; where some were never interrupted, of those alone."""
+    """Return lists of repetitions; where some were never interrupted, of those alone."""
     groups = collections.defaultdict(list)
     for record in records:
-        work, workers = record["work"], record["workers"]
-        batch = work["global_batch_size"], work["micro_batch_size"], work["lr"]
-        key = record["script"], workers["world_size"], workers["nodes"], *batch, *record["compared"].values()
-        groups[key].append(record)
-    return [[of for of in group if not of["restarts"]["resumed"]] or group for group in groups.values()]
+        groups[tuple(record[name] for name in [*COMPARED, *REPEATED])].append(record)
+    return [[of for of in group if not of["restarts.resumed"]] or group for group in groups.values()]
 
 
 def differences(record, base):
     """Return {field: [the base's value, the record's]} of what forbids a ratio of the two."""
-    fields, of_base = record["compared"], base["compared"]
-    return {name: [of_base.get(name), value] for name, value in fields.items() if of_base.get(name) != value}
+    return {name: [base[name], record[name]] for name in COMPARED if base[name] != record[name]}
 
 
-def median(group, section, key):
-    return float(np.median([record[section][key] for record in group]))
+def median(group, name):
+    return float(np.median([record[name] for record in group]))
 
 
-def spread(values):
-    """Return [low, high]: the range, which from six values on is, or holds, a 95 % interval of the median.
+def spread(group):
+    """Return [low, high] training seconds: the range; from six records on at least a 95 % interval of the median.
 
     From order statistics: the k-th value from below and from above, 2 P(Binomial(n, 1/2) < k) being at most 5 %.
     """
-    values, k = sorted(values), 1
-    n = len(values)
+    seconds, n, k = sorted(record["seconds.train"] for record in group), len(group), 1
     while sum(math.comb(n, below) for below in range(k + 1)) <= 0.025 * 2**n:
         k += 1
-    return [values[k - 1], values[n - k]]
+    return [seconds[k - 1], seconds[n - k]]
 
 
 def lost_efficiency(group, base, workers):
-    """Return {cause: share of the workers' time} by LOSSES, together 1 - efficiency.
+    """Return {cause: share of the workers' time}, together 1 - efficiency.
 
-    Compute and input count by what they take beyond the base's; the rest is above all the optimizer, on each worker.
+    Counted is what a part takes beyond its share of the base's; the rest is above all the optimizer, on each worker.
     """
-    seconds, base_seconds = (median(records, "seconds", "train") for records in (group, base))
 
-    def of_training(part, records=group):
-        return median(records, "step", part) * records[0]["work"]["steps"]
+    def beyond(part):
+        seconds, of_base = (median(records, f"step.{part}") * records[0]["work.steps"] for records in (group, base))
+        return seconds - of_base / workers
 
-    parts = [of_training("communication"), of_training("imbalance")]
-    parts += [of_training(part) - of_training(part, base) / workers for part in ("compute", "input")]
-    parts.append(seconds - base_seconds / workers - sum(parts))
-    return {name: part / seconds for name, part in zip(LOSSES, parts, strict=True)}
+    lost = {cause: beyond(part) for part, cause in LOSSES.items()}
+    seconds = median(group, "seconds.train")
+    lost["rest"] = seconds - median(base, "seconds.train") / workers - sum(lost.values())
+    return {cause: value / seconds for cause, value in lost.items()}
 
 
 def scaling_row(group, base):
-    """Return the figures of a group of records against the base group; the ratios are of medians of seconds.
+    """Return the figures of a group of records against the base group, if there is one; ratios are of medians.
 
     speedup S = T1 / Tp; efficiency E = S / p; serial_fraction is Karp and Flatt's (1990) e = (1/S - 1/p) / (1 - 1/p).
     """
-    record, workers = group[0], group[0]["workers"]["world_size"]
-    seconds, (low, high) = median(group, "seconds", "train"), spread(of["seconds"]["train"] for of in group)
+    record, workers = group[0], group[0]["workers.world_size"]
+    seconds, (low, high) = median(group, "seconds.train"), spread(group)
     row = {
         "mode": "baseline" if record["script"] == "baseline" else "DDP",
         "runs": [of["run"] for of in group],
-        "resumed": [of["run"] for of in group if of["restarts"]["resumed"]],
+        "resumed": [of["run"] for of in group if of["restarts.resumed"]],
         "workers": workers,
-        "nodes": record["workers"]["nodes"],
+        "nodes": record["workers.nodes"],
         "n": len(group),
-        "global_batch_size": record["work"]["global_batch_size"],
-        "precision": record["work"]["precision"],
+        "global_batch_size": record["work.global_batch_size"],
+        "precision": record["work.precision"],
         "train_seconds": seconds,
         "train_seconds_spread": [low, high],
-        "features_per_s": median(group, "throughput", "features_per_s"),
+        "features_per_s": median(group, "throughput.features_per_s"),
         "worker_hours": workers * seconds / 3600,
-        **{name: median(group, "quality", name) for name in ("train_loss", "dev_loss", "exact", "f1")},
+        **{name: median(group, f"quality.{name}") for name in ("train_loss", "dev_loss", "exact", "f1")},
     }
     if base is None:
         return row
     if record["script"] != "baseline":
-        same_batch = row["global_batch_size"] == base[0]["work"]["global_batch_size"]
+        same_batch = row["global_batch_size"] == base[0]["work.global_batch_size"]
         row["mode"] = "DDP strong" if same_batch else "DDP weak"
-    speedup = median(base, "seconds", "train") / seconds
-    base_low, base_high = spread(of["seconds"]["train"] for of in base)
-
-    def end_to_end(records):  # without what the measurement of single steps took, which trains nothing
-        return float(np.median([of["seconds"]["total"] - of["seconds"]["measure"] for of in records]))
-
-    of_seeds = {of["work"]["seed"]: of["quality"]["f1"] for of in base}
+    speedup, (base_low, base_high) = median(base, "seconds.train") / seconds, spread(base)
+    # Measuring single steps trains nothing.
+    total, base_total = (median(of, "seconds.total") - median(of, "seconds.measure") for of in (group, base))
+    of_seeds = {of["work.seed"]: of["quality.f1"] for of in base}
     noise = float(np.std(list(of_seeds.values()), ddof=1)) if len(of_seeds) > 2 else SEED_NOISE
-    difference = row["f1"] - median(base, "quality", "f1")
+    difference = row["f1"] - median(base, "quality.f1")
     return row | {
         "base_runs": [of["run"] for of in base],
         "speedup": speedup,
         "speedup_spread": [base_low / high, base_high / low],
         "efficiency": speedup / workers,
         "serial_fraction": (1 / speedup - 1 / workers) / (1 - 1 / workers) if workers > 1 else None,
-        "end_to_end_speedup": end_to_end(base) / end_to_end(group),
+        "end_to_end_speedup": base_total / total,
         "lost": lost_efficiency(group, base, workers),
         "f1_difference": difference,
         "f1_within_noise": abs(difference) <= 2 * noise,
@@ -1151,20 +1153,15 @@ def scaling_rows(groups):
     bases = [group for group in groups if group[0]["script"] == "baseline"]
     rows, excluded = [], []
     for group in groups:
-        batch = group[0]["work"]["global_batch_size"]
+        batch = group[0]["work.global_batch_size"]
         comparable = [base for base in bases if not differences(group[0], base[0])]
         # The same batch before another one, and of those the fastest: a slow base would flatter the parallel runs.
-        best = min(
-            comparable,
-            key=lambda base: (base[0]["work"]["global_batch_size"] != batch, median(base, "seconds", "train")),
-            default=None,
-        )
-        rows.append(scaling_row(group, best))
-        if bases and not best:
+        comparable.sort(key=lambda base: (base[0]["work.global_batch_size"] != batch, median(base, "seconds.train")))
+        rows.append(scaling_row(group, comparable[0] if comparable else None))
+        if bases and not comparable:
             fields = min((differences(group[0], base[0]) for base in bases), key=len)
             excluded.append({"runs": rows[-1]["runs"], "differs": fields})
-    order = ["baseline", "DDP", "DDP strong", "DDP weak"]
-    rows.sort(key=lambda row: (row.get("base_runs", ["~"]), order.index(row["mode"]), row["workers"], row["nodes"]))
+    rows.sort(key=lambda row: (row.get("base_runs", ["~"]), row["mode"].lower(), row["workers"], row["nodes"]))
     return rows, excluded
 
 
@@ -1178,57 +1175,66 @@ def predict_speedup(rows):
     return {workers: 1 / (e + (1 - e) / workers) for workers in (most, 2 * most, 4 * most)} | {math.inf: 1 / e}
 
 
-def format_table(columns, rows):
-    """Return the rows as lines of text; columns: {key: (heading, format)}; "-" stands for what a row does not have."""
+def print_table(columns, rows):
+    """Print the rows; columns: {key: (heading, format)}; "-" stands for what a row does not have."""
     lines = [[heading for heading, _ in columns.values()]]
     for row in rows:
         cells = [(row.get(key), layout) for key, (_, layout) in columns.items()]
         lines.append(["-" if value is None else layout.format(value) for value, layout in cells])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    for line in lines:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
 
 
 def draw_scaling(rows, prediction, path):
     """Draw speedup and efficiency against workers, for a column of print; measured, ideal, bound and extrapolation."""
-    import matplotlib.figure  # only the report needs it, and it is slow to import
+    from matplotlib.figure import Figure  # only the report needs it, and it is slow to import
 
-    figure = matplotlib.figure.Figure(figsize=(3.5, 4.8), layout="constrained")
+    figure = Figure(figsize=(3.5, 4.8), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
+    most = max([row["workers"] for row in rows] + [workers for workers in prediction if workers < math.inf])
+    p = np.geomspace(1, most, 100)
+    curves = {"ideal": ("--", p)}
+    if prediction:
+        bound, e = prediction[math.inf], 1 / prediction[math.inf]
+        curves[f"Amdahl, e = {e:.3g} (extrapolated)"] = "-.", 1 / (e + (1 - e) / p)
+        curves[f"bound 1/e = {bound:.3g}"] = ":", np.full_like(p, bound)
+    for label, (style, speedup) in curves.items():
+        for axis, per in ((top, 1), (bottom, p)):
+            axis.plot(p, speedup / per, style, color="0.4", linewidth=1, label=label)
     series = collections.defaultdict(list)
     for row in rows:
         series[row["mode"], row["precision"], row["base_runs"][0]].append(row)
-    most = max([row["workers"] for row in rows] + [workers for workers in prediction if workers < math.inf])
-    workers = np.geomspace(1, most, 100)
-    for axis, name, per in ((top, "speedup", 1), (bottom, "efficiency", workers)):
-        axis.plot(workers, workers / per, color="0.4", linestyle="--", linewidth=1, label="ideal")
-        if prediction:
-            e = 1 / prediction[math.inf]
-            label = f"Amdahl, e = {e:.3g} (extrapolated)"
-            axis.plot(workers, 1 / (e + (1 - e) / workers) / per, color="0.4", linestyle="-.", linewidth=1, label=label)
-        for (mode, precision, _), chosen in series.items():
-            p, values = (np.array([row[key] for row in chosen]) for key in ("workers", name))
-            low, high = np.array([row["speedup_spread"] for row in chosen]).T / (1 if axis is top else p)
-            label = f"{mode}, {precision} (n = {'/'.join(dict.fromkeys(str(row['n']) for row in chosen))})"
-            style = {"baseline": "s", "DDP strong": "o-", "DDP weak": "^:"}[mode]
-            spreads = np.maximum([values - low, high - values], 0)
-            axis.errorbar(p, values, spreads, fmt=style, markersize=5, mfc="white", capsize=3, label=label)
-        axis.set_ylabel(name)
-        axis.grid(color="0.9")
-    top.set_xscale("log", base=2)
-    top.set_yscale("log", base=2)
-    top.set_ylim(0.7, 1.4 * most)
-    if prediction:
-        bound = {"color": "0.4", "linestyle": ":", "linewidth": 1, "label": f"bound 1/e = {prediction[math.inf]:.3g}"}
-        bottom.plot([], [], **bound)  # for the legend, which alone says it where it lies far above
-        top.plot([1, most], [prediction[math.inf]] * 2, **bound)
+    for (mode, precision, _), chosen in series.items():
+        workers, speedup = (np.array([row[name] for row in chosen]) for name in ("workers", "speedup"))
+        low, high = np.array([row["speedup_spread"] for row in chosen]).T
+        style = {"baseline": "s", "DDP strong": "o-", "DDP weak": "^:"}[mode]
+        label = f"{mode}, {precision} (n = {'/'.join(dict.fromkeys(str(row['n']) for row in chosen))})"
+        for axis, per in ((top, 1), (bottom, workers)):
+            spreads = np.maximum([speedup - low, high - speedup], 0) / per
+            axis.errorbar(workers, speedup / per, spreads, fmt=style, markersize=5, mfc="white", capsize=3, label=label)
     ticks = 2.0 ** np.arange(math.ceil(math.log2(most)) + 1)
-    bottom.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    top.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    bottom.set_ylim(0, max(1.1, *(1.05 * row["efficiency"] for row in rows)))
-    bottom.set_xlabel("workers")
+    top.set(xscale="log", yscale="log", ylim=(0.7, 1.4 * most), ylabel="speedup")
+    bottom.set(ylim=(0, max(1.1, *(1.05 * row["efficiency"] for row in rows))), ylabel="efficiency", xlabel="workers")
+    for axis in (top.xaxis, top.yaxis):
+        axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.set_ticks([], minor=True)
+    for axis in (top, bottom):
+        axis.grid(color="0.9")
     bottom.legend(fontsize="x-small", framealpha=1, edgecolor="none", loc="lower left")
     for suffix in (".png", ".svg"):
         figure.savefig(path.with_suffix(suffix), dpi=300)
+
+
+def show_curve(rows, directory):
+    """Write the curve, and a table of hyperparameters, for TensorBoard."""
+    shutil.rmtree(directory, ignore_errors=True)  # of an earlier report
+    for row in rows:
+        settings = {key: row[key] for key in ("mode", "workers", "precision", "global_batch_size")}
+        figures = {f"table/{key}": row[key] for key in ("speedup", "efficiency", "train_seconds", "f1")}
+        with SummaryWriter(str(directory / f"{row['mode']} {row['precision']}".replace(" ", "-"))) as writer:
+            writer.add_hparams(settings, figures, run_name=f"{row['workers']} workers")
+            write_scalars(writer, row["workers"], {f"scaling/{key}": row[key] for key in ("speedup", "efficiency")})
 
 
 def show_remarks(rows, excluded, prediction):
@@ -1236,69 +1242,47 @@ def show_remarks(rows, excluded, prediction):
     for entry in excluded:
         reasons = [f"{name} {value!r} (baseline: {base!r})" for name, (base, value) in entry["differs"].items()]
         print(f"no ratio for {', '.join(entry['runs'])}: {', '.join(reasons)}")
-    compared = [row for row in rows if "speedup" in row]
-    if not compared and not excluded:
+    if not excluded and "speedup" not in rows[0]:
         print("no ratios: there is no record of baseline.py to compare with")
     print("(spread): the range; from n = 6 on, a 95 % interval of the median")
     if any(row["n"] == 1 for row in rows):
         print("n = 1: a row of one run says nothing of the spread between runs")
     for row in rows:
+        where = f"{row['workers']} workers on {row['nodes']} nodes"
         if row["resumed"]:
             print(f"resumed after an interruption, its seconds are the sum of the parts: {', '.join(row['resumed'])}")
-    for row in compared:
-        if row["efficiency"] > 1 and row["workers"] > 1:
-            print(f"{row['workers']} workers: efficiency above 100 %: the baseline is not the best sequential run")
-        if not row["f1_within_noise"]:
-            where = f"{row['workers']} workers on {row['nodes']} nodes"
+        if row["workers"] > 1 and row.get("efficiency", 0) > 1:
+            print(f"{where}: efficiency above 100 %: the baseline is not the best sequential run")
+        if not row.get("f1_within_noise", True):
             print(f"{where}: F1 differs from the base's by more than two sigma of seeds")
     if prediction:
-        speedups = [f"{speedup:.2f} on {workers}" for workers, speedup in prediction.items() if workers < math.inf][1:]
-        print(
-            f"extrapolated by Amdahl's law: {', '.join(speedups)} workers; never more than {prediction[math.inf]:.3g}"
-        )
+        *known, bound = prediction.items()
+        speedups = ", ".join(f"{speedup:.2f} on {workers}" for workers, speedup in known[1:])
+        print(f"extrapolated by Amdahl's law: {speedups} workers; never more than {bound[1]:.3g}")
 
 
 def report(options):
     """Print the scaling tables of the records in --results; write speedup.json, .png and .svg, TensorBoard's curve."""
-    results, logs = Path(options.results), Path(options.logs) / "scaling"
+    results = Path(options.results)
     groups = group_records(read_records(results))
     if not groups:
         raise ScriptError(f"{results}: no timing records to report on")
     rows, excluded = scaling_rows(groups)
     compared, prediction = [row for row in rows if "speedup" in row], predict_speedup(rows)
-    print(*format_table(COLUMNS, rows), sep="\n")
+    print_table(COLUMNS, rows)
     show_remarks(rows, excluded, prediction)
-    losses = {name: (name, "{:.1%}") for name in ["lost", *LOSSES]}
     lost = [row | row["lost"] | {"lost": 1 - row["efficiency"]} for row in compared if row["mode"] != "baseline"]
     if lost:
-        print(
-            "where efficiency is lost:",
-            *format_table({name: COLUMNS[name] for name in ("workers", "nodes", "mode")} | losses, lost),
-            sep="\n",
-        )
-    content = {
-        "schema": 2,
-        "rows": rows,
-        "excluded": excluded,
-        "prediction": {str(p): s for p, s in prediction.items()},
-    }
+        print("where efficiency is lost:")
+        of_row = {name: COLUMNS[name] for name in ("workers", "nodes", "mode")}
+        print_table(of_row | {name: (name, "{:.1%}") for name in ("lost", *lost[0]["lost"])}, lost)
+    prediction_json = {str(workers): speedup for workers, speedup in prediction.items()}
+    content = {"schema": 2, "rows": rows, "excluded": excluded, "prediction": prediction_json}
     write_json(results / "speedup.json", content)
-    if not compared:
-        return
-    draw_scaling(compared, prediction, results / "speedup.png")
-    shutil.rmtree(logs, ignore_errors=True)  # the curve of an earlier report
-    for row in compared:
-        name = f"{row['mode']} {row['precision']}".replace(" ", "-")
-        with SummaryWriter(str(logs / name)) as writer:
-            settings = {key: row[key] for key in ("mode", "workers", "precision", "global_batch_size")}
-            figures = {key: row[key] for key in ("speedup", "efficiency", "train_seconds", "f1")}
-            writer.add_hparams(
-                settings,
-                {f"table/{key}": value for key, value in figures.items()},
-                run_name=f"{row['workers']} workers",
-            )
-            write_scalars(writer, row["workers"], {f"scaling/{key}": row[key] for key in ("speedup", "efficiency")})
-    print(f"written: {results / 'speedup.json'}, {results / 'speedup.png'}, {results / 'speedup.svg'}, {logs}")
+    if compared:
+        draw_scaling(compared, prediction, results / "speedup.png")
+        show_curve(compared, Path(options.logs) / "scaling")
+        print(f"written: {results}/speedup.json, speedup.png, speedup.svg; {options.logs}/scaling")
 
 
 def main():
@@ -1330,7 +1314,12 @@ def main():
     work = describe_work(options, data, model, lengths, epochs)
     log(f"{options.run}: {work['steps']} steps of {options.batch_size} features, {options.precision}, {device.type}")
     device_ids = [device] if device.type == "cuda" else None
-    parallel = DistributedDataParallel(model, device_ids, forward_sync_buffers=False)  # BERT's buffers never change
+    parallel = DistributedDataParallel(
+        model,
+        device_ids,
+        forward_sync_buffers=False,  # BERT's buffers never change
+        gradient_as_bucket_view=True,  # or there would be a second copy of the gradients
+    )
     warm_up_start = time.perf_counter()
     warm_up_steps = warm_up(parallel, features, lengths, epochs[0], options, device)
     warm_up_seconds = time.perf_counter() - warm_up_start

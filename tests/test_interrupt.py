@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conftest import ROOT, cut_sample, read_scalars, run_script, start_script, write_tiny_model
+from conftest import ROOT, TINY, cut_sample, read_scalars, run_script, start_script, write_model
 from slurm import processes
 
 WORLDS = [("baseline.py", None), ("distributed.py", 2)]
@@ -40,7 +40,7 @@ def arguments(tmp_path_factory):
     """A BERT of two small layers, with dropout: 120 quick steps in 12 epochs."""
     directory = tmp_path_factory.mktemp("data")
     files = cut_sample("train", 60, directory / "train.json"), cut_sample("dev", 20, directory / "dev.json")
-    model = write_tiny_model(directory / "model")
+    model = write_model(directory / "model", **TINY)
     arguments = ["--model", model, "--random-init", "--train-file", files[0], "--dev-file", files[1]]
     arguments += ["--threads", 1, "--batch-size", 7, "--epochs", 12, "--lr", 1e-3, "--run", "r"]
     return [*arguments, "--checkpoint-every", 2]

@@ -155,8 +155,12 @@ def test_the_parts_add_up_whatever_was_measured(workers, seconds, parts):
     base, other = record("base", script="baseline"), record("p", workers, seconds, work__steps=17)
     for one, values in ((base, parts[:4]), (other, parts[4:])):
         one["step"] = dict(zip(names, values, strict=True))
-    row = distributed.scaling_row([other], [base])
+    row = distributed.scaling_row([distributed.flatten(other)], [distributed.flatten(base)])
     assert sum(row["lost"].values()) == pytest.approx(1 - row["efficiency"], rel=1e-6, abs=1e-6)
+
+
+def spread(values):
+    return distributed.spread([{"seconds.train": value} for value in values])
 
 
 # The interval leaves out as many values on each side as the sign test's critical value, which every table of statistics
@@ -167,13 +171,13 @@ CRITICAL = {6: 0, 7: 0, 8: 0, 9: 1, 10: 1, 11: 1, 12: 2, 15: 3, 17: 4, 20: 5, 25
 @pytest.mark.parametrize("n", CRITICAL)
 def test_the_interval_is_that_of_the_table(n):
     values = [10.0 * rank for rank in range(n)]
-    assert distributed.spread(reversed(values)) == [10 * CRITICAL[n], 10 * (n - 1 - CRITICAL[n])]
+    assert spread(reversed(values)) == [10 * CRITICAL[n], 10 * (n - 1 - CRITICAL[n])]
 
 
 @pytest.mark.parametrize("n", [6, 9, 12])
 def test_the_interval_holds_the_median_as_often_as_it_says(n):
     """By counting: each of n values is below or above the median, all 2 ** n ways alike."""
-    low, high = distributed.spread(range(n))
+    low, high = spread(range(n))
     below = [sum(way) for way in itertools.product((0, 1), repeat=n)]
     covered = sum(low < count <= high for count in below) / 2**n
     narrower = sum(low + 1 < count <= high - 1 for count in below) / 2**n
@@ -181,7 +185,7 @@ def test_the_interval_holds_the_median_as_often_as_it_says(n):
 
 
 def test_fewer_than_six_have_a_range():
-    assert distributed.spread([3, 1, 2]) == [1, 3] and distributed.spread([7]) == [7, 7]
+    assert spread([3, 1, 2]) == [1, 3] and spread([7]) == [7, 7]
 
 
 def test_the_interval_is_carried_through_the_ratio(tmp_path):
@@ -225,9 +229,7 @@ def test_interrupted_runs_count_only_where_there_are_no_others(tmp_path):
 @given(workers=st.integers(2, 1024), base=st.floats(1, 1e5), time=st.floats(1, 1e5))
 def test_identities(workers, base, time):
     records = [record("base", script="baseline", train=base), record("p", workers, time)]
-    for one in records:
-        one["compared"] = {}
-    rows, _ = distributed.scaling_rows([[one] for one in records])
+    rows, _ = distributed.scaling_rows([[distributed.flatten(one)] for one in records])
     row = row_of(rows, "p")
     assert row["efficiency"] * workers == pytest.approx(row["speedup"]) == pytest.approx(base / time)
     # Amdahl's law with the serial fraction gives the speedup back.
@@ -260,7 +262,7 @@ def test_report_as_a_user_starts_it(tmp_path):
     assert "3.20" in next(line for line in lines if "DDP strong" in line and line.split()[0] == "4")
     assert "no ratio for fp32: work.precision 'fp32' (baseline: 'bf16')" in lines
     assert any(line.startswith("n = 1") for line in lines)
-    assert "2 workers: efficiency above 100 %: the baseline is not the best sequential run" in lines
+    assert "2 workers on 1 nodes: efficiency above 100 %: the baseline is not the best sequential run" in lines
     written = json.loads((results / "speedup.json").read_text())
     assert written["schema"] == 2 and len(written["rows"]) == 4 and len(written["excluded"]) == 1
     assert (results / "speedup.png").read_bytes().startswith(b"\x89PNG")

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 import slurm
-from conftest import ENCODER, ROOT, cut_sample, read_scalars, write_tiny_model
+from conftest import ENCODER, ROOT, TINY, cut_sample, read_scalars, write_model
 
 MARK = "installed-requirements.txt"  # in .venv, written by run_baseline.sh
 RANK_LINE = r"^rank (\d+) of (\d+): host (\S+), cpu$"
@@ -224,7 +224,7 @@ def small_work(project):
     directory = project.parent / "small"
     directory.mkdir()
     files = [cut_sample(split, 60, directory / f"{split}.json") for split in ("train", "dev")]
-    work = ["--model", write_tiny_model(directory / "model"), "--random-init", "--train-file", files[0]]
+    work = ["--model", write_model(directory / "model", **TINY), "--random-init", "--train-file", files[0]]
     return [*work, "--dev-file", files[1], "--batch-size", 12, "--epochs", 60, "--threads", 1]
 
 
