@@ -39,15 +39,15 @@ import filelock
 import numpy as np
 import torch
 import transformers
-from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, BertForQuestionAnswering
 
 HERE = Path(__file__).resolve().parent
 HUB_DATASET = "rajpurkar/squad_v2"
-LOG_EVERY = {"cpu": 1, "cuda": 20}  # steps; to read a loss the host waits for the device
-MEASURED_STEPS = {"cpu": 3, "cuda": 20}
+LOG_EVERY = {"cpu": 1, "cuda": 10}  # steps; to read a loss the host waits for the device
+WARM_UP_STEPS = 2
+MEASURED_STEPS = {"cpu": 4, "cuda": 20}
 MAX_ANSWER_TOKENS = 30  # as Devlin et al.
 # Dense peak FLOP/s of NVIDIA's data sheets, by a part of the device's name.
 PEAK_FLOPS = {
@@ -143,8 +143,8 @@ def parse_options(parser):
         raise ScriptError("give both --train-file and --dev-file, or neither")
     job = os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     options.run = options.run or f"{Path(__file__).stem}-{job}"
-    if not re.fullmatch(r"\w[\w.+-]*", options.run):
-        raise ScriptError(f"--run {options.run}: use letters, digits and . _ + - only")
+    if not re.fullmatch(r"(?!(scaling|speedup)$)\w[\w.+-]*", options.run):  # these two are the report's
+        raise ScriptError(f"--run {options.run}: use letters, digits and . _ + - only, not scaling, not speedup")
     outputs = [options.results, options.logs, options.checkpoints]
     for directory in map(Path, [*outputs, Path(options.predictions or ".").parent]):
         try:
@@ -167,6 +167,12 @@ def host_name():
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return (re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) or [os.uname().machine])[0]
+
+
 def select_device(options):
     """Return the device to train on; sets threads, the precision and that of matrix products."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -183,6 +189,7 @@ def select_device(options):
     torch.set_float32_matmul_precision("high" if options.precision == "tf32" else "highest")
     if on_gpu:
         torch.backends.cuda.enable_math_sdp(False)  # attention without a fused kernel is an error then, not just slow
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape of a batch
     return device
 
 
@@ -362,46 +369,40 @@ def plan_epochs(lengths, options):
     return [batches for batches in epochs if batches]
 
 
-def collate(indices, features, pass_size, round_to):
-    """Return the features as passes of at most pass_size: dicts of tensors [n, length], padded to the longest."""
+def collate(indices, table, pass_size, round_to):
+    """Return features of an Arrow table as passes of at most pass_size: dicts of tensors [n, length], padded."""
     passes = []
     for first in range(0, len(indices), pass_size):
-        rows = features[indices[first : first + pass_size]]
-        lengths = np.array(rows["length"])[:, None]
+        rows = table[indices[first : first + pass_size]]
+        lengths, context_starts = (rows[name].to_numpy()[:, None] for name in ("length", "context_start"))
         positions = np.arange(-(-lengths.max() // round_to) * round_to)
-        input_ids = np.zeros((len(lengths), len(positions)), dtype=np.int64)  # 0 is BERT's [PAD]
-        input_ids[positions < lengths] = np.concatenate(rows["input_ids"])
+        is_token = positions < lengths
+        input_ids = np.zeros(is_token.shape, dtype=np.int64)  # 0 is BERT's [PAD]
+        input_ids[is_token] = rows["input_ids"].combine_chunks().flatten().to_numpy()
         arrays = {
             "input_ids": input_ids,
-            "attention_mask": (positions < lengths).astype(np.int64),
-            "token_type_ids": (positions >= np.array(rows["context_start"])[:, None]) * (positions < lengths) * 1,
-            "start_positions": np.array(rows["start_position"]),
-            "end_positions": np.array(rows["end_position"]),
+            "attention_mask": is_token.astype(np.int64),
+            "token_type_ids": (is_token & (positions >= context_starts)).astype(np.int64),
+            "start_positions": rows["start_position"].to_numpy(),
+            "end_positions": rows["end_position"].to_numpy(),
         }
         passes.append({name: torch.from_numpy(array) for name, array in arrays.items()})
     return passes
 
 
 def load_passes(batches, features, options, device):
-    """Return an iterable over the batches' lists of passes; for a GPU, other processes make them beforehand."""
-    columns = ["input_ids", "length", "context_start", "start_position", "end_position"]
-    make_passes = functools.partial(
-        collate,
-        features=features.select_columns(columns),
-        pass_size=options.micro_batch_size or options.batch_size,
-        round_to=64 if options.compile else 1,  # each width is compiled anew: six of them, up to 384
-    )
-    # The "dataset" is the indices themselves, so that collate reads a whole pass from the table at once.
-    on_gpu = device.type == "cuda"
-    return DataLoader(
-        range(len(features)),
-        batch_sampler=batches,
-        collate_fn=make_passes,
-        num_workers=2 if on_gpu else 0,
-        multiprocessing_context="fork" if on_gpu else None,  # the others would import everything anew
-        pin_memory=on_gpu,
-        generator=torch.Generator(),  # or it would draw a seed from the random state that dropout uses
-    )
+    """Yield each batch's list of passes; for a GPU in pinned memory, from which it copies while the host goes on.
+
+    No other process makes them: it takes well under a millisecond, and the host is ahead of a GPU.
+    """
+    table = features.select_columns(["input_ids", "length", "context_start", "start_position", "end_position"])
+    table, pass_size = table.with_format("arrow"), options.micro_batch_size or options.batch_size
+    for batch in batches:
+        if device.type == "cpu":
+            yield collate(batch, table, pass_size, round_to=1)
+        else:  # to the alignment of the attention kernels
+            passes = collate(batch, table, pass_size, round_to=8)
+            yield [{name: tensor.pin_memory() for name, tensor in inputs.items()} for inputs in passes]
 
 
 # model ----------------------------------------------------------------------------------------------------------------
@@ -426,7 +427,7 @@ def load_model(options, device):
     if options.compile:
         # Layer by layer: one compilation serves all, and a layer's gradients are ready when its own backward is.
         for layer in model.bert.encoder.layer:
-            layer.compile()
+            layer.compile(dynamic=True)  # once for all lengths
     return model.to(device)
 
 
@@ -463,12 +464,11 @@ def forward(model, inputs, options, device):
     The loss is the mean over the features of start's and end's cross-entropy over the tokens that are not padding.
     The model's own loss counts padding: a feature's loss would depend on the longest one beside it, so on world_size.
     """
-    has_padding = not inputs["attention_mask"].all()  # asked on the host: the model would ask, and wait for, the GPU
     inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
     positions = [inputs.pop("start_positions"), inputs.pop("end_positions")]
     is_token = inputs.pop("attention_mask").bool()
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.precision == "bf16"):
-        output = model(**inputs, attention_mask=is_token[:, None, None, :] if has_padding else None)
+        output = model(**inputs, attention_mask=is_token[:, None, None, :])  # of a 2-D one it would ask, and wait
     logits = [logits.float().masked_fill(~is_token, -math.inf) for logits in (output.start_logits, output.end_logits)]
     return sum(map(torch.nn.functional.cross_entropy, logits, positions)) / 2, *logits
 
@@ -493,12 +493,12 @@ def optimize(model, optimizer, features, batches, first, steps, asked, options, 
     """Take an optimizer step on each global batch, after the `first` steps already done of `steps`.
 
     Yields now and then, for the steps since the last time: (losses, seconds, seconds of waiting for input, whether to
-    stop). The clock runs from the first batch asked for to the last step done, through what the caller does meanwhile.
+    stop). The clock runs from the first batch asked for to the last step done, through what the caller does between.
     """
     model.train()
     synchronize(device)
     start, waited, pending = time.perf_counter(), 0.0, []
-    loader = iter(load_passes(batches, features, options, device))
+    loader = load_passes(batches, features, options, device)
     for step, batch in enumerate(batches, first + 1):
         asked_at = time.perf_counter()
         passes = next(loader)
@@ -517,19 +517,22 @@ def optimize(model, optimizer, features, batches, first, steps, asked, options, 
             start, waited, pending = end, 0.0, []
 
 
-def write_scalars(writer, step, scalars):
-    for name, value in scalars.items():
-        writer.add_scalar(name, value, step)
+def write_scalars(writer, scalars_of_steps):
+    for step, scalars in scalars_of_steps.items():
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, step)
     writer.flush()  # so that they show while it runs, and are never older than a checkpoint
 
 
 def show_steps(bar, writer, step, losses, seconds, features_per_s, options):
     """Show the steps up to `step`, of these losses: in TensorBoard, and on the bar or in a plain line now and then."""
-    for number, loss in enumerate(losses, step - len(losses) + 1):
-        write_scalars(writer, number, {"train/loss": loss, "train/lr": learning_rate(number, bar.total, options)})
+    steps = dict(enumerate(losses, step - len(losses) + 1))
+    scalars = {n: {"train/loss": loss, "train/lr": learning_rate(n, bar.total, options)} for n, loss in steps.items()}
+    scalars[step]["train/features_per_s"] = features_per_s
+    write_scalars(writer, scalars)
+    for number, loss in steps.items():
         if not math.isfinite(loss):
             raise ScriptError(f"stopped: the loss is {loss} at step {number}", 1)
-    write_scalars(writer, step, {"train/features_per_s": features_per_s})
     text = f"loss {losses[-1]:.3f}  {features_per_s:.1f} features/s"
     if not bar.disable:
         bar.set_postfix_str(text, refresh=False)
@@ -558,7 +561,7 @@ def train(model, optimizer, features, dev, epochs, state, save, asked, options, 
             state["step"] += len(losses)
             state["losses"] += losses
             state["step_seconds"] += [duration / len(losses)] * len(losses)
-            state["input_seconds"] += [waited / len(losses)] * len(losses)
+            seconds["input"] += waited
             seconds["train_epochs"][epoch] += duration
             show_steps(bar, writer, state["step"], losses, duration, sum(map(len, done)) / duration, options)
             if state["step"] == last:
@@ -567,7 +570,7 @@ def train(model, optimizer, features, dev, epochs, state, save, asked, options, 
                 seconds["evaluate"] += time.perf_counter() - start
                 quality = {"train_loss": float(np.mean(state["losses"][first:]))} | quality
                 known = {f"epoch/{name}": value for name, value in quality.items() if value is not None}
-                write_scalars(writer, last, known)
+                write_scalars(writer, {last: known})
                 figures = [f"{name} {quality[name]:.3f}" for name in ("dev_loss", "exact", "f1", "best_f1")]
                 log(f"after {last} steps: {'  '.join(figures)}")
             if state["step"] < steps:
@@ -577,26 +580,28 @@ def train(model, optimizer, features, dev, epochs, state, save, asked, options, 
 
 
 def warm_up(model, features, lengths, batches, options, device):
-    """Do once, on a pass of the longest batch, what only the first pass waits for: allocating.
+    """Compute a pass of the longest batch, and drop it: what happens once in a run shall not be in a step's time.
 
-    With --compile, on one of each width: it compiles anew for each. Returns how many there were.
+    Allocating, and with --compile compiling.
     """
     model.train()
-    longest = sorted(batches, key=lambda batch: lengths[batch].max())
-    chosen = list({-(-lengths[batch].max() // 64) if options.compile else 0: batch for batch in longest}.values())
-    for passes in load_passes(chosen, features, options, device):
+    longest = max(batches, key=lambda batch: lengths[batch].max())
+    for passes in load_passes([longest] * WARM_UP_STEPS, features, options, device):
         backward(model, passes[:1], options.batch_size, options, device).item()
         model.zero_grad()
-    return len(chosen)
 
 
-def measure_step(model, features, batches, options, device):
-    """Return where a step's time goes, the medians of some batches in seconds; the optimizer takes no step.
+def measure_step(model, features, lengths, batches, options, device):
+    """Return where the time of a step goes: means in seconds, from some batches; the optimizer takes no step.
 
     compute: forward and backward passes; the rest is of several workers.
     """
     model.train()
-    chosen = batches[:: math.ceil(len(batches) / MEASURED_STEPS[device.type])]
+    tokens = np.array([lengths[batch].sum() for batch in batches])
+    every = max(1, len(batches) // MEASURED_STEPS[device.type])
+    indices = np.argsort(tokens)[every // 2 :: every]  # short ones and long ones
+    scale = tokens.mean() / tokens[indices].mean()
+    chosen = [batches[index] for index in indices]
     seconds = []
     for batch, passes in zip(chosen, load_passes(chosen, features, options, device), strict=True):
         synchronize(device)
@@ -604,7 +609,7 @@ def measure_step(model, features, batches, options, device):
         backward(model, passes, len(batch), options, device).item()  # .item() waits for the device
         seconds.append(time.perf_counter() - start)
         model.zero_grad()
-    return {"compute": float(np.median(seconds)), "imbalance": 0.0, "communication": 0.0}
+    return {"compute": float(np.mean(seconds) * scale), "imbalance": 0.0, "communication": 0.0}
 
 
 # answers --------------------------------------------------------------------------------------------------------------
@@ -795,9 +800,9 @@ def start_or_resume(path, work, epochs, model, optimizer):
     if path.exists():
         state = load_checkpoint(path, work, model, optimizer)
     else:
-        seconds = dict.fromkeys(["setup", "warm_up", "data", "evaluate", "measure", "total"], 0.0)
+        seconds = dict.fromkeys(["setup", "warm_up", "data", "input", "evaluate", "measure", "total"], 0.0)
         seconds["train_epochs"] = [0.0] * len(epochs)
-        state = {"step": 0, "losses": [], "step_seconds": [], "input_seconds": [], "seconds": seconds}
+        state = {"step": 0, "losses": [], "step_seconds": [], "seconds": seconds}
     state["restarts"] = {"resumed": 0, "steps_repeated": 0}
     progress = path.with_name("progress.json")
     if progress.exists():  # how far the run has been, whatever its last checkpoint holds
@@ -817,9 +822,10 @@ def write_predictions(path, answers):
     write_json(path.with_stem(f"{path.stem}-na"), {id_: score for _, id_, _, score, *_ in answers})
 
 
-def gather_workers(measured):
-    """Return (workers, hosts, measured) for the record."""
-    return {"world_size": 1, "nodes": 1, "threads": torch.get_num_threads()}, [host_name()], measured
+def gather_workers(device, measured):
+    """Return (workers, machines, measured) for the record."""
+    workers = {"world_size": 1, "nodes": 1, "threads": torch.get_num_threads()}
+    return workers, {"device": device_name(device), "hosts": [host_name()]}, measured
 
 
 def peak_memory(device):
@@ -850,21 +856,17 @@ def describe_work(options, data, model, lengths, epochs):
     }  # fmt: skip
 
 
-def describe_environment(device, hosts):
-    """Return what the run ran on: device, hosts, versions, the commit of this script, the Slurm job."""
+def describe_environment(device):
+    """Return what the run runs with: versions, the commit of this script, the Slurm job."""
     git = ["git", "-C", HERE, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()  # empty outside a checkout
     except OSError:  # no git on this node
         commit = ""
-    on_gpu = device.type == "cuda"
-    cpu_names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) or [os.uname().machine]
     return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else cpu_names[0],
-        "hosts": hosts,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else None,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if device.type == "cuda" else None,
         "transformers": transformers.__version__,
         "python": sys.version.split()[0],
         "git_commit": commit.removesuffix("-dirty") or None,
@@ -874,16 +876,15 @@ def describe_environment(device, hosts):
     }
 
 
-def make_record(options, device, started, work, state, step, quality):
+def make_record(options, device, started, environment, work, state, step, quality):
     """Return the timing record of a training; the times are the largest of all workers."""
     per_step = np.array(state["step_seconds"])
     measured = state["seconds"] | {"median": float(np.median(per_step)), "p95": float(np.percentile(per_step, 95))}
     names = ["setup", "warm_up", "data", "train", "train_epochs", "evaluate", "measure", "total", "median", "p95"]
-    measured |= {"input": float(np.median(state["input_seconds"])), "peak_bytes": peak_memory(device)}
-    workers, hosts, measured = gather_workers(measured)
+    measured["peak_bytes"] = peak_memory(device)
+    workers, machines, measured = gather_workers(device, measured)
     measured["train"] = train_seconds = sum(measured["train_epochs"])
-    environment = describe_environment(device, hosts)
-    peak = next((peak[options.precision] for name, peak in PEAK_FLOPS.items() if name in environment["device"]), None)
+    peak = next((peak[options.precision] for name, peak in PEAK_FLOPS.items() if name in machines["device"]), None)
     return {
         "schema": 1,
         "script": Path(__file__).stem,
@@ -891,9 +892,9 @@ def make_record(options, device, started, work, state, step, quality):
         "started": started,
         "workers": workers,
         "work": work,
-        "environment": environment,
+        "environment": machines | environment,
         "seconds": {name: measured[name] for name in names},
-        "step": step | {"input": measured["input"]},
+        "step": step | {"input": measured["input"] / work["steps"], "warm_up_steps": WARM_UP_STEPS},
         "throughput": {
             "features_per_s": work["trained_features"] / train_seconds,
             "tokens_per_s": work["trained_tokens"] / train_seconds,
@@ -916,7 +917,7 @@ def save_model(directory, model, tokenizer):
 
 def main():
     started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said, or it warns when DataLoader forks
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said, or it warns when something forks
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -935,10 +936,10 @@ def main():
     optimizer = make_optimizer(model, options)
     lengths = np.array(features["length"][:])
     epochs = plan_epochs(lengths, options)
-    work = describe_work(options, data, model, lengths, epochs)
+    work, environment = describe_work(options, data, model, lengths, epochs), describe_environment(device)
     log(f"{options.run}: {work['steps']} steps of {options.batch_size} features, {options.precision}, {device.type}")
     warm_up_start = time.perf_counter()
-    warm_up_steps = warm_up(model, features, lengths, epochs[0], options, device)
+    warm_up(model, features, lengths, epochs[0], options, device)
     warm_up_seconds = time.perf_counter() - warm_up_start
     directory = Path(options.checkpoints) / options.run
     directory.mkdir(exist_ok=True)
@@ -955,9 +956,9 @@ def main():
         model, optimizer, features, dev, epochs, state, save, watch_for_stop(), options, device, writer
     )
     measure_start = time.perf_counter()
-    step = measure_step(model, features, epochs[0], options, device) | {"warm_up_steps": warm_up_steps}
+    step = measure_step(model, features, lengths, epochs[0], options, device)
     state["seconds"]["measure"] = time.perf_counter() - measure_start
-    record = make_record(options, device, started, work, state, step, quality)
+    record = make_record(options, device, started, environment, work, state, step, quality)
     writer.close()
     save_model(directory / "model", model, tokenizer)
     if options.predictions:

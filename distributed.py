@@ -44,7 +44,6 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, BertForQuestionAnswering
@@ -54,8 +53,9 @@ TIMEOUT = datetime.timedelta(minutes=5)  # for a rank that the others wait for
 ROLL_CALL = datetime.timedelta(seconds=10)
 HERE = Path(__file__).resolve().parent
 HUB_DATASET = "rajpurkar/squad_v2"
-LOG_EVERY = {"cpu": 1, "cuda": 20}  # steps; to read a loss the host waits for the device
-MEASURED_STEPS = {"cpu": 3, "cuda": 20}
+LOG_EVERY = {"cpu": 1, "cuda": 10}  # steps; to read a loss the host waits for the device
+WARM_UP_STEPS = 2
+MEASURED_STEPS = {"cpu": 4, "cuda": 20}
 MAX_ANSWER_TOKENS = 30  # as Devlin et al.
 # Dense peak FLOP/s of NVIDIA's data sheets, by a part of the device's name.
 PEAK_FLOPS = {
@@ -152,8 +152,8 @@ def parse_options(parser):
         raise ScriptError("give both --train-file and --dev-file, or neither")
     job = os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     options.run = options.run or f"{Path(__file__).stem}-{job}"
-    if not re.fullmatch(r"\w[\w.+-]*", options.run):
-        raise ScriptError(f"--run {options.run}: use letters, digits and . _ + - only")
+    if not re.fullmatch(r"(?!(scaling|speedup)$)\w[\w.+-]*", options.run):  # these two are the report's
+        raise ScriptError(f"--run {options.run}: use letters, digits and . _ + - only, not scaling, not speedup")
     outputs = [options.results, options.logs, options.checkpoints]
     for directory in map(Path, [*outputs, Path(options.predictions or ".").parent]):
         try:
@@ -177,6 +177,12 @@ def host_name():
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return (re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) or [os.uname().machine])[0]
+
+
 def select_device(options):
     """Return the device to train on; sets threads, the precision and that of matrix products."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -184,6 +190,8 @@ def select_device(options):
     on_gpu = device.type == "cuda"
     if not on_gpu and Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
         raise ScriptError(f"torch {torch.__version__} cannot use the GPU here: see nvidia-smi for its driver's CUDA")
+    if on_gpu and local_rank >= torch.cuda.device_count():
+        raise ScriptError(f"more workers than the {torch.cuda.device_count()} GPUs of host {host_name()}")
     torch.set_num_threads(options.threads or torch.get_num_threads())
     has_bf16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
     options.precision = options.precision or ("bf16" if on_gpu and has_bf16 else "fp32")
@@ -194,6 +202,7 @@ def select_device(options):
     torch.set_float32_matmul_precision("high" if options.precision == "tf32" else "highest")
     if on_gpu:
         torch.backends.cuda.enable_math_sdp(False)  # attention without a fused kernel is an error then, not just slow
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape of a batch
     return device
 
 
@@ -213,8 +222,6 @@ def join_group(options, device):
     if world_size > options.batch_size:
         raise ScriptError(f"{world_size} workers cannot share batches of {options.batch_size}: raise --batch-size")
     if device.type == "cuda":
-        if device.index >= torch.cuda.device_count():
-            raise ScriptError(f"more workers than the {torch.cuda.device_count()} GPUs of host {host_name()}")
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
     else:
@@ -419,46 +426,40 @@ def plan_epochs(lengths, options):
     return [batches for batches in epochs if batches]
 
 
-def collate(indices, features, pass_size, round_to):
-    """Return the features as passes of at most pass_size: dicts of tensors [n, length], padded to the longest."""
+def collate(indices, table, pass_size, round_to):
+    """Return features of an Arrow table as passes of at most pass_size: dicts of tensors [n, length], padded."""
     passes = []
     for first in range(0, len(indices), pass_size):
-        rows = features[indices[first : first + pass_size]]
-        lengths = np.array(rows["length"])[:, None]
+        rows = table[indices[first : first + pass_size]]
+        lengths, context_starts = (rows[name].to_numpy()[:, None] for name in ("length", "context_start"))
         positions = np.arange(-(-lengths.max() // round_to) * round_to)
-        input_ids = np.zeros((len(lengths), len(positions)), dtype=np.int64)  # 0 is BERT's [PAD]
-        input_ids[positions < lengths] = np.concatenate(rows["input_ids"])
+        is_token = positions < lengths
+        input_ids = np.zeros(is_token.shape, dtype=np.int64)  # 0 is BERT's [PAD]
+        input_ids[is_token] = rows["input_ids"].combine_chunks().flatten().to_numpy()
         arrays = {
             "input_ids": input_ids,
-            "attention_mask": (positions < lengths).astype(np.int64),
-            "token_type_ids": (positions >= np.array(rows["context_start"])[:, None]) * (positions < lengths) * 1,
-            "start_positions": np.array(rows["start_position"]),
-            "end_positions": np.array(rows["end_position"]),
+            "attention_mask": is_token.astype(np.int64),
+            "token_type_ids": (is_token & (positions >= context_starts)).astype(np.int64),
+            "start_positions": rows["start_position"].to_numpy(),
+            "end_positions": rows["end_position"].to_numpy(),
         }
         passes.append({name: torch.from_numpy(array) for name, array in arrays.items()})
     return passes
 
 
 def load_passes(batches, features, options, device):
-    """Return an iterable over the batches' lists of passes; for a GPU, other processes make them beforehand."""
-    columns = ["input_ids", "length", "context_start", "start_position", "end_position"]
-    make_passes = functools.partial(
-        collate,
-        features=features.select_columns(columns),
-        pass_size=options.micro_batch_size or options.batch_size,
-        round_to=64 if options.compile else 1,  # each width is compiled anew: six of them, up to 384
-    )
-    # The "dataset" is the indices themselves, so that collate reads a whole pass from the table at once.
-    on_gpu = device.type == "cuda"
-    return DataLoader(
-        range(len(features)),
-        batch_sampler=batches,
-        collate_fn=make_passes,
-        num_workers=2 if on_gpu else 0,
-        multiprocessing_context="fork" if on_gpu else None,  # the others would import everything anew
-        pin_memory=on_gpu,
-        generator=torch.Generator(),  # or it would draw a seed from the random state that dropout uses
-    )
+    """Yield each batch's list of passes; for a GPU in pinned memory, from which it copies while the host goes on.
+
+    No other process makes them: it takes well under a millisecond, and the host is ahead of a GPU.
+    """
+    table = features.select_columns(["input_ids", "length", "context_start", "start_position", "end_position"])
+    table, pass_size = table.with_format("arrow"), options.micro_batch_size or options.batch_size
+    for batch in batches:
+        if device.type == "cpu":
+            yield collate(batch, table, pass_size, round_to=1)
+        else:  # to the alignment of the attention kernels
+            passes = collate(batch, table, pass_size, round_to=8)
+            yield [{name: tensor.pin_memory() for name, tensor in inputs.items()} for inputs in passes]
 
 
 # model ----------------------------------------------------------------------------------------------------------------
@@ -483,7 +484,7 @@ def load_model(options, device):
     if options.compile:
         # Layer by layer: one compilation serves all, and a layer's gradients are ready when its own backward is.
         for layer in model.bert.encoder.layer:
-            layer.compile()
+            layer.compile(dynamic=True)  # once for all lengths
     return model.to(device)
 
 
@@ -521,12 +522,11 @@ def forward(model, inputs, options, device):
     The loss is the mean over the features of start's and end's cross-entropy over the tokens that are not padding.
     The model's own loss counts padding: a feature's loss would depend on the longest one beside it, so on world_size.
     """
-    has_padding = not inputs["attention_mask"].all()  # asked on the host: the model would ask, and wait for, the GPU
     inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
     positions = [inputs.pop("start_positions"), inputs.pop("end_positions")]
     is_token = inputs.pop("attention_mask").bool()
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.precision == "bf16"):
-        output = model(**inputs, attention_mask=is_token[:, None, None, :] if has_padding else None)
+        output = model(**inputs, attention_mask=is_token[:, None, None, :])  # of a 2-D one it would ask, and wait
     logits = [logits.float().masked_fill(~is_token, -math.inf) for logits in (output.start_logits, output.end_logits)]
     return sum(map(torch.nn.functional.cross_entropy, logits, positions)) / 2, *logits
 
@@ -558,12 +558,12 @@ def optimize(model, optimizer, features, batches, first, steps, asked, options, 
     """Take an optimizer step on each global batch, after the `first` steps already done of `steps`.
 
     Yields now and then, for the steps since the last time: (losses, seconds, seconds of waiting for input, whether to
-    stop). The clock runs from the first batch asked for to the last step done, through what the caller does meanwhile.
+    stop). The clock runs from the first batch asked for to the last step done, through what the caller does between.
     """
     model.train()
     synchronize(device)
     start, waited, pending = time.perf_counter(), 0.0, []
-    loader = iter(load_passes([share_of(batch) for batch in batches], features, options, device))
+    loader = load_passes([share_of(batch) for batch in batches], features, options, device)
     for step, batch in enumerate(batches, first + 1):
         asked_at = time.perf_counter()
         passes = next(loader)
@@ -582,21 +582,24 @@ def optimize(model, optimizer, features, batches, first, steps, asked, options, 
             start, waited, pending = end, 0.0, []
 
 
-def write_scalars(writer, step, scalars):
+def write_scalars(writer, scalars_of_steps):
     if RANK > 0:
         return
-    for name, value in scalars.items():
-        writer.add_scalar(name, value, step)
+    for step, scalars in scalars_of_steps.items():
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, step)
     writer.flush()  # so that they show while it runs, and are never older than a checkpoint
 
 
 def show_steps(bar, writer, step, losses, seconds, features_per_s, options):
     """Show the steps up to `step`, of these losses: in TensorBoard, and on the bar or in a plain line now and then."""
-    for number, loss in enumerate(losses, step - len(losses) + 1):
-        write_scalars(writer, number, {"train/loss": loss, "train/lr": learning_rate(number, bar.total, options)})
+    steps = dict(enumerate(losses, step - len(losses) + 1))
+    scalars = {n: {"train/loss": loss, "train/lr": learning_rate(n, bar.total, options)} for n, loss in steps.items()}
+    scalars[step]["train/features_per_s"] = features_per_s
+    write_scalars(writer, scalars)
+    for number, loss in steps.items():
         if not math.isfinite(loss):
             raise ScriptError(f"stopped: the loss is {loss} at step {number}", 1)
-    write_scalars(writer, step, {"train/features_per_s": features_per_s})
     text = f"loss {losses[-1]:.3f}  {features_per_s:.1f} features/s"
     if not bar.disable:
         bar.set_postfix_str(text, refresh=False)
@@ -626,7 +629,7 @@ def train(model, optimizer, features, dev, epochs, state, save, asked, options, 
             state["step"] += len(losses)
             state["losses"] += losses
             state["step_seconds"] += [duration / len(losses)] * len(losses)
-            state["input_seconds"] += [waited / len(losses)] * len(losses)
+            seconds["input"] += waited
             seconds["train_epochs"][epoch] += duration
             show_steps(bar, writer, state["step"], losses, duration, sum(map(len, done)) / duration, options)
             if state["step"] == last:
@@ -635,7 +638,7 @@ def train(model, optimizer, features, dev, epochs, state, save, asked, options, 
                 seconds["evaluate"] += time.perf_counter() - start
                 quality = {"train_loss": float(np.mean(state["losses"][first:]))} | quality
                 known = {f"epoch/{name}": value for name, value in quality.items() if value is not None}
-                write_scalars(writer, last, known)
+                write_scalars(writer, {last: known})
                 figures = [f"{name} {quality[name]:.3f}" for name in ("dev_loss", "exact", "f1", "best_f1")]
                 log(f"after {last} steps: {'  '.join(figures)}")
             if state["step"] < steps:
@@ -645,40 +648,42 @@ def train(model, optimizer, features, dev, epochs, state, save, asked, options, 
 
 
 def warm_up(model, features, lengths, batches, options, device):
-    """Do once, on a pass of the longest batch, what only the first pass waits for: allocating, connecting.
+    """Compute a pass of the longest batch, and drop it: what happens once in a run shall not be in a step's time.
 
-    With --compile, on one of each width: it compiles anew for each. Returns how many there were.
+    Allocating, connecting, and with --compile compiling; in the second pass DDP lays out its buckets anew.
     """
     model.train()
-    longest = sorted(batches, key=lambda batch: lengths[batch].max())
-    chosen = list({-(-lengths[batch].max() // 64) if options.compile else 0: batch for batch in longest}.values())
-    for passes in load_passes([share_of(batch) for batch in chosen], features, options, device):
+    longest = max(batches, key=lambda batch: lengths[batch].max())
+    for passes in load_passes([share_of(longest)] * WARM_UP_STEPS, features, options, device):
         backward(model, passes[:1], options.batch_size, options, device).item()
         model.zero_grad()
-    return len(chosen)
 
 
-def measure_step(model, features, batches, options, device):
-    """Return where a step's time goes, the medians of some batches in seconds; the optimizer takes no step.
+def measure_step(model, features, lengths, batches, options, device):
+    """Return where the time of a step goes: means in seconds, from some batches; the optimizer takes no step.
 
     compute: forward and backward passes, the mean of the ranks; imbalance: what the slowest rank takes beyond it;
     communication: what exchanging gradients adds to that, as far as computing does not hide it.
     """
     model.train()
-    chosen = batches[:: math.ceil(len(batches) / MEASURED_STEPS[device.type])]
-    shares, seconds = [share_of(batch) for batch in chosen], []
-    for batch, passes in zip(chosen, load_passes(shares, features, options, device), strict=True):
-        for context in (model.no_sync, contextlib.nullcontext):
+    tokens = np.array([lengths[batch].sum() for batch in batches])
+    every = max(1, len(batches) // MEASURED_STEPS[device.type])
+    indices = np.argsort(tokens)[every // 2 :: every]  # short ones and long ones
+    scale = tokens.mean() / tokens[indices].mean()
+    chosen = [batches[index] for index in indices]
+    shares, seconds = [share_of(batch) for batch in chosen], np.zeros((2, len(chosen)))
+    for number, passes in enumerate(load_passes(shares, features, options, device)):
+        for exchange in (number % 2, 1 - number % 2):  # each comes first in half of the batches
             synchronize(device)
             start = time.perf_counter()
-            with context():
-                backward(model, passes, len(batch), options, device).item()  # .item() waits for the device
-            seconds.append(time.perf_counter() - start)
+            with contextlib.nullcontext() if exchange else model.no_sync():
+                backward(model, passes, len(chosen[number]), options, device).item()  # .item() waits for the device
+            seconds[exchange, number] = time.perf_counter() - start
             model.zero_grad()
-    seconds = np.array(gather(seconds)).reshape(dist.get_world_size(), len(chosen), 2)
-    mean, (slowest, in_all) = seconds[:, :, 0].mean(axis=0), seconds.max(axis=0).T
-    parts = {"compute": mean, "imbalance": slowest - mean, "communication": in_all - slowest}
-    return {name: float(np.median(values)) for name, values in parts.items()}
+    alone, together = np.array(gather(seconds)).swapaxes(0, 1)  # [ranks, batches]
+    mean, slowest = alone.mean(axis=0), alone.max(axis=0)
+    parts = {"compute": mean, "imbalance": slowest - mean, "communication": together.max(axis=0) - slowest}
+    return {name: float(values.mean() * scale) for name, values in parts.items()}
 
 
 # answers --------------------------------------------------------------------------------------------------------------
@@ -829,8 +834,7 @@ def write_checkpoint(path, checkpoint):
         write_atomically(path, write)
     except ScriptError as caught:  # the others wait here, and would see no more than that a rank has left
         error = caught
-    error = gather(error)[0]
-    if error:
+    if error := gather(error)[0]:
         raise error
 
 
@@ -881,9 +885,9 @@ def start_or_resume(path, work, epochs, model, optimizer):
     if path.exists():
         state = load_checkpoint(path, work, model, optimizer)
     else:
-        seconds = dict.fromkeys(["setup", "warm_up", "data", "evaluate", "measure", "total"], 0.0)
+        seconds = dict.fromkeys(["setup", "warm_up", "data", "input", "evaluate", "measure", "total"], 0.0)
         seconds["train_epochs"] = [0.0] * len(epochs)
-        state = {"step": 0, "losses": [], "step_seconds": [], "input_seconds": [], "seconds": seconds}
+        state = {"step": 0, "losses": [], "step_seconds": [], "seconds": seconds}
     state["restarts"] = {"resumed": 0, "steps_repeated": 0}
     progress = path.with_name("progress.json")
     if progress.exists():  # how far the run has been, whatever its last checkpoint holds
@@ -906,12 +910,13 @@ def write_predictions(path, answers):
     write_json(path.with_stem(f"{path.stem}-na"), {id_: score for _, id_, _, score, *_ in answers})
 
 
-def gather_workers(measured):
-    """Return (workers, hosts, measured) for the record: the largest of each measured value over the ranks."""
-    hosts, of_ranks = zip(*gather((host_name(), measured)), strict=True)
+def gather_workers(device, measured):
+    """Return (workers, machines, measured) for the record: the largest of each measured value over the ranks."""
+    devices, hosts, of_ranks = zip(*gather((device_name(device), host_name(), measured)), strict=True)
     measured = {name: np.max([of_rank[name] for of_rank in of_ranks], axis=0).tolist() for name in measured}
     nodes = int(os.environ["GROUP_WORLD_SIZE"])
-    return {"world_size": len(hosts), "nodes": nodes, "threads": torch.get_num_threads()}, sorted(set(hosts)), measured
+    workers = {"world_size": len(hosts), "nodes": nodes, "threads": torch.get_num_threads()}
+    return workers, {"device": " + ".join(sorted(set(devices))), "hosts": sorted(set(hosts))}, measured
 
 
 def peak_memory(device):
@@ -942,21 +947,17 @@ def describe_work(options, data, model, lengths, epochs):
     }  # fmt: skip
 
 
-def describe_environment(device, hosts):
-    """Return what the run ran on: device, hosts, versions, the commit of this script, the Slurm job."""
+def describe_environment(device):
+    """Return what the run runs with: versions, the commit of this script, the Slurm job."""
     git = ["git", "-C", HERE, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()  # empty outside a checkout
     except OSError:  # no git on this node
         commit = ""
-    on_gpu = device.type == "cuda"
-    cpu_names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) or [os.uname().machine]
     return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else cpu_names[0],
-        "hosts": hosts,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else None,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if device.type == "cuda" else None,
         "transformers": transformers.__version__,
         "python": sys.version.split()[0],
         "git_commit": commit.removesuffix("-dirty") or None,
@@ -966,16 +967,15 @@ def describe_environment(device, hosts):
     }
 
 
-def make_record(options, device, started, work, state, step, quality):
+def make_record(options, device, started, environment, work, state, step, quality):
     """Return the timing record of a training; the times are the largest of all workers."""
     per_step = np.array(state["step_seconds"])
     measured = state["seconds"] | {"median": float(np.median(per_step)), "p95": float(np.percentile(per_step, 95))}
     names = ["setup", "warm_up", "data", "train", "train_epochs", "evaluate", "measure", "total", "median", "p95"]
-    measured |= {"input": float(np.median(state["input_seconds"])), "peak_bytes": peak_memory(device)}
-    workers, hosts, measured = gather_workers(measured)
+    measured["peak_bytes"] = peak_memory(device)
+    workers, machines, measured = gather_workers(device, measured)
     measured["train"] = train_seconds = sum(measured["train_epochs"])
-    environment = describe_environment(device, hosts)
-    peak = next((peak[options.precision] for name, peak in PEAK_FLOPS.items() if name in environment["device"]), None)
+    peak = next((peak[options.precision] for name, peak in PEAK_FLOPS.items() if name in machines["device"]), None)
     return {
         "schema": 1,
         "script": Path(__file__).stem,
@@ -983,9 +983,9 @@ def make_record(options, device, started, work, state, step, quality):
         "started": started,
         "workers": workers,
         "work": work,
-        "environment": environment,
+        "environment": machines | environment,
         "seconds": {name: measured[name] for name in names},
-        "step": step | {"input": measured["input"]},
+        "step": step | {"input": measured["input"] / work["steps"], "warm_up_steps": WARM_UP_STEPS},
         "throughput": {
             "features_per_s": work["trained_features"] / train_seconds,
             "tokens_per_s": work["trained_tokens"] / train_seconds,
@@ -1102,10 +1102,19 @@ def lost_efficiency(group, base, workers):
     return {cause: value / seconds for cause, value in lost.items()}
 
 
+def amdahl(e, workers):
+    return 1 / (e + (1 - e) / workers)
+
+
+def karp_flatt(speedup, workers):
+    """Return the serial fraction e = (1/S - 1/p) / (1 - 1/p) of Karp and Flatt (1990), of more than one worker."""
+    return (1 / speedup - 1 / workers) / (1 - 1 / workers)
+
+
 def scaling_row(group, base):
     """Return the figures of a group of records against the base group, if there is one; ratios are of medians.
 
-    speedup S = T1 / Tp; efficiency E = S / p; serial_fraction is Karp and Flatt's (1990) e = (1/S - 1/p) / (1 - 1/p).
+    Speedup S = T1 / Tp; efficiency E = S / p.
     """
     record, workers = group[0], group[0]["workers.world_size"]
     seconds, (low, high) = median(group, "seconds.train"), spread(group)
@@ -1140,11 +1149,11 @@ def scaling_row(group, base):
         "speedup": speedup,
         "speedup_spread": [base_low / high, base_high / low],
         "efficiency": speedup / workers,
-        "serial_fraction": (1 / speedup - 1 / workers) / (1 - 1 / workers) if workers > 1 else None,
+        "serial_fraction": karp_flatt(speedup, workers) if workers > 1 else None,
         "end_to_end_speedup": base_total / total,
         "lost": lost_efficiency(group, base, workers),
         "f1_difference": difference,
-        "f1_within_noise": abs(difference) <= 2 * noise,
+        "f1_within_noise": abs(difference) <= 2 * math.sqrt(2) * noise,  # of the difference of two runs
     }
 
 
@@ -1166,13 +1175,15 @@ def scaling_rows(groups):
 
 
 def predict_speedup(rows):
-    """Return {workers: speedup} by Amdahl's law with the e of the largest strong run, on to four times its workers."""
-    strong = [row for row in rows if row["mode"] == "DDP strong" and (row["serial_fraction"] or 0) > 0]
-    if not strong:
-        return {}
-    row = max(strong, key=lambda row: row["workers"])
-    e, most = row["serial_fraction"], row["workers"]
-    return {workers: 1 / (e + (1 - e) / workers) for workers in (most, 2 * most, 4 * most)} | {math.inf: 1 / e}
+    """Return Amdahl's law with the e of the largest strong run: {workers, e, bound 1/e, bound_spread}; None without."""
+    strong = [row for row in rows if row["mode"] == "DDP strong" and row["workers"] > 1]
+    row = max(strong, key=lambda row: row["workers"], default=None)
+    if row is None or row["serial_fraction"] <= 0:
+        return None
+    bounds = [karp_flatt(speedup, row["workers"]) for speedup in row["speedup_spread"]]
+    bounds = [1 / e if e > 0 else None for e in bounds]
+    e = row["serial_fraction"]
+    return {"workers": row["workers"], "e": e, "bound": 1 / e, "bound_spread": bounds}
 
 
 def print_table(columns, rows):
@@ -1192,12 +1203,12 @@ def draw_scaling(rows, prediction, path):
 
     figure = Figure(figsize=(3.5, 4.8), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
-    most = max([row["workers"] for row in rows] + [workers for workers in prediction if workers < math.inf])
+    most = max([row["workers"] for row in rows] + [4 * prediction["workers"] if prediction else 1])
     p = np.geomspace(1, most, 100)
     curves = {"ideal": ("--", p)}
     if prediction:
-        bound, e = prediction[math.inf], 1 / prediction[math.inf]
-        curves[f"Amdahl, e = {e:.3g} (extrapolated)"] = "-.", 1 / (e + (1 - e) / p)
+        e, bound = prediction["e"], prediction["bound"]
+        curves[f"Amdahl, e = {e:.3g} (extrapolated)"] = "-.", amdahl(e, p)
         curves[f"bound 1/e = {bound:.3g}"] = ":", np.full_like(p, bound)
     for label, (style, speedup) in curves.items():
         for axis, per in ((top, 1), (bottom, p)):
@@ -1234,7 +1245,8 @@ def show_curve(rows, directory):
         figures = {f"table/{key}": row[key] for key in ("speedup", "efficiency", "train_seconds", "f1")}
         with SummaryWriter(str(directory / f"{row['mode']} {row['precision']}".replace(" ", "-"))) as writer:
             writer.add_hparams(settings, figures, run_name=f"{row['workers']} workers")
-            write_scalars(writer, row["workers"], {f"scaling/{key}": row[key] for key in ("speedup", "efficiency")})
+            curve = {f"scaling/{key}": row[key] for key in ("speedup", "efficiency")}
+            write_scalars(writer, {row["workers"]: curve})
 
 
 def show_remarks(rows, excluded, prediction):
@@ -1248,17 +1260,18 @@ def show_remarks(rows, excluded, prediction):
     if any(row["n"] == 1 for row in rows):
         print("n = 1: a row of one run says nothing of the spread between runs")
     for row in rows:
-        where = f"{row['workers']} workers on {row['nodes']} nodes"
+        where = "{workers} workers on {nodes} nodes, {mode}, {precision}".format(**row)
         if row["resumed"]:
             print(f"resumed after an interruption, its seconds are the sum of the parts: {', '.join(row['resumed'])}")
         if row["workers"] > 1 and row.get("efficiency", 0) > 1:
             print(f"{where}: efficiency above 100 %: the baseline is not the best sequential run")
         if not row.get("f1_within_noise", True):
-            print(f"{where}: F1 differs from the base's by more than two sigma of seeds")
+            print(f"{where}: F1 differs from the base's by more than the noise of seeds")
     if prediction:
-        *known, bound = prediction.items()
-        speedups = ", ".join(f"{speedup:.2f} on {workers}" for workers, speedup in known[1:])
-        print(f"extrapolated by Amdahl's law: {speedups} workers; never more than {bound[1]:.3g}")
+        e, more = prediction["e"], [factor * prediction["workers"] for factor in (2, 4)]
+        speedups = ", ".join(f"{amdahl(e, workers):.2f} on {workers}" for workers in more)
+        low, high = (f"{bound:.3g}" if bound else "any" for bound in prediction["bound_spread"])
+        print(f"extrapolated by Amdahl's law: {speedups} workers; bound {prediction['bound']:.3g} ({low}-{high})")
 
 
 def report(options):
@@ -1276,8 +1289,7 @@ def report(options):
         print("where efficiency is lost:")
         of_row = {name: COLUMNS[name] for name in ("workers", "nodes", "mode")}
         print_table(of_row | {name: (name, "{:.1%}") for name in ("lost", *lost[0]["lost"])}, lost)
-    prediction_json = {str(workers): speedup for workers, speedup in prediction.items()}
-    content = {"schema": 2, "rows": rows, "excluded": excluded, "prediction": prediction_json}
+    content = {"schema": 3, "rows": rows, "excluded": excluded, "prediction": prediction}
     write_json(results / "speedup.json", content)
     if compared:
         draw_scaling(compared, prediction, results / "speedup.png")
@@ -1287,7 +1299,7 @@ def report(options):
 
 def main():
     started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said, or it warns when DataLoader forks
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said, or it warns when something forks
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -1311,17 +1323,19 @@ def main():
     optimizer = make_optimizer(model, options)
     lengths = np.array(features["length"][:])
     epochs = plan_epochs(lengths, options)
-    work = describe_work(options, data, model, lengths, epochs)
+    work, environment = describe_work(options, data, model, lengths, epochs), describe_environment(device)
     log(f"{options.run}: {work['steps']} steps of {options.batch_size} features, {options.precision}, {device.type}")
     device_ids = [device] if device.type == "cuda" else None
+    if options.compile:
+        torch._dynamo.config.optimize_ddp = False  # it would split what is compiled layer by layer already
     parallel = DistributedDataParallel(
         model,
         device_ids,
         forward_sync_buffers=False,  # BERT's buffers never change
-        gradient_as_bucket_view=True,  # or there would be a second copy of the gradients
+        gradient_as_bucket_view=True,  # in a step of one pass, no second copy of the gradients
     )
     warm_up_start = time.perf_counter()
-    warm_up_steps = warm_up(parallel, features, lengths, epochs[0], options, device)
+    warm_up(parallel, features, lengths, epochs[0], options, device)
     warm_up_seconds = time.perf_counter() - warm_up_start
     directory = Path(options.checkpoints) / options.run
     directory.mkdir(exist_ok=True)
@@ -1342,9 +1356,9 @@ def main():
     except RuntimeError as error:
         explain_timeout(error, roll_call)
     measure_start = time.perf_counter()
-    step = measure_step(parallel, features, epochs[0], options, device) | {"warm_up_steps": warm_up_steps}
+    step = measure_step(parallel, features, lengths, epochs[0], options, device)
     state["seconds"]["measure"] = time.perf_counter() - measure_start
-    record = make_record(options, device, started, work, state, step, quality)
+    record = make_record(options, device, started, environment, work, state, step, quality)
     dist.destroy_process_group()
     if RANK > 0:
         return

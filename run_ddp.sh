@@ -56,7 +56,8 @@ torchrun=$root/.venv/bin/torchrun # wants -- before the script: it would take --
 if [[ -z ${SLURM_JOB_ID:-} ]]; then
     # This machine's GPUs, or those of them that CUDA_VISIBLE_DEVICES leaves.
     all=$(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null | paste --serial --delimiters=,) || all=
-    IFS=, read -ra gpus <<< "${CUDA_VISIBLE_DEVICES-$all}"
+    visible=${CUDA_VISIBLE_DEVICES-$all}
+    IFS=, read -ra gpus <<< "${visible#-1}" # -1 means none
     workers=${#gpus[@]}
     ((workers > 0)) || workers=2                           # on CPUs
     threads=$(($(env -u OMP_NUM_THREADS nproc) / workers)) # nproc would take that variable's word

@@ -16,7 +16,8 @@ The parts:
 
 All contestants run once a round, in rotating order; a ratio is that of two runs of one round. All runs of the first two
 parts train on the same features, each of them once: random questions that make exactly --steps batches are cut
-beforehand. All parts but the last two use the CPU alone.
+beforehand. The Trainer's first step allocates within its time, the scripts' before it. All parts but the last two use
+the CPU alone.
 """
 
 import argparse
@@ -38,7 +39,7 @@ import torch
 import transformers
 import transformers.trainer_pt_utils
 
-from conftest import DEV_SET, ENCODER, GPU, ROOT, TINY, cut_sample, run_script, write_model, write_squad
+from conftest import DEV_SET, ENCODER, GPUS, ROOT, TINY, cut_sample, run_script, write_model, write_squad
 
 # isort: split
 import baseline  # conftest makes it importable
@@ -367,7 +368,7 @@ def contestants_of(part, options, directory):
         settings |= {"model": write_model(directory, **TINY), "random_init": True}
         run = partial(measure_script, "baseline.py", options)
         return {"few steps": partial(run, **settings), "whole epoch": partial(run, **settings | {"max_steps": None})}
-    gpu = {"CUDA_VISIBLE_DEVICES": GPU}
+    gpu = {"CUDA_VISIBLE_DEVICES": GPUS}
     if part == "memory":
         return {"baseline": partial(measure_child, "memory", settings["train_file"], options, gpu)}
     return device_contestants(settings, options, gpu, directory)
@@ -423,10 +424,15 @@ def report_part(part, rounds):
 
 def describe_machine():
     """Return what the figures depend on beside the options."""
-    return baseline.describe_environment(torch.device("cpu"), [baseline.host_name()]) | {
-        "cores": len(os.sched_getaffinity(0)),
-        "load_average": os.getloadavg()[0],  # above 0, others were at work when this started
-    }
+    device = torch.device("cpu")
+    return (
+        {"device": baseline.device_name(device)}
+        | baseline.describe_environment(device)
+        | {
+            "cores": len(os.sched_getaffinity(0)),
+            "load_average": os.getloadavg()[0],  # above 0, others were at work when this started
+        }
+    )
 
 
 def main():

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DEV_SET = ROOT / "tests/data/dev-v2.0.json.gz"
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing may be fetched
-GPU = os.environ.get("CUDA_VISIBLE_DEVICES", "0")  # for what wants one
+GPUS = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")  # for what wants some; CUDA skips what is not there
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the comparisons to the last digits are those of fp32 on a CPU
 
 TINY = {

@@ -160,7 +160,7 @@ def test_collate_pads_and_splits(tokenizer):
     questions, _ = baseline.read_squad_file(str(ROOT / "sample/train.json"))
     features = make(questions, tokenizer, "collate")
     indices = np.array([3, 100, 200, 17, 250])
-    passes = baseline.collate(indices, features, pass_size=2, round_to=64)
+    passes = baseline.collate(indices, features.with_format("arrow"), pass_size=2, round_to=64)
     assert [len(inputs["input_ids"]) for inputs in passes] == [2, 2, 1]
     rows = [(inputs, row) for inputs in passes for row in range(len(inputs["input_ids"]))]
     for index, (inputs, row) in zip(indices, rows, strict=True):

@@ -2,10 +2,11 @@
 
 import json
 import shutil
+import subprocess
 
 import pytest
 
-from conftest import ENCODER, GPU, ROOT, cut_sample, read_scalars, run_script
+from conftest import ENCODER, GPUS, ROOT, cut_sample, read_scalars, run_script
 
 pytestmark = pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="no NVIDIA GPU on this machine")
 STEPS = 4
@@ -43,7 +44,7 @@ def cpu_losses(train):
     ],
 )
 def test_a_gpu_gives_the_losses_of_the_cpu(train, cpu_losses, options, tolerance):
-    losses, record = train(GPU, *options)
+    losses, record = train(GPUS, *options)
     assert losses == pytest.approx(cpu_losses, rel=tolerance)
     assert record["environment"]["cuda"] and record["memory"]["peak_bytes"] > 100e6
     assert record["work"]["precision"] == options[1]
@@ -51,9 +52,9 @@ def test_a_gpu_gives_the_losses_of_the_cpu(train, cpu_losses, options, tolerance
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_ranks_over_nccl_give_the_losses_of_the_cpu(train, cpu_losses, world_size):
-    if len(GPU.split(",")) < world_size:
-        pytest.skip(f"CUDA_VISIBLE_DEVICES names no {world_size} GPUs")
-    losses, record = train(GPU, "--precision", "fp32", script="distributed.py", world_size=world_size)
+    if subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.count("GPU ") < world_size:
+        pytest.skip(f"no {world_size} GPUs on this machine")
+    losses, record = train(GPUS, "--precision", "fp32", script="distributed.py", world_size=world_size)
     assert losses == pytest.approx(cpu_losses, rel=1e-3)
     assert record["workers"]["world_size"] == world_size and record["environment"]["nccl"]
 
@@ -90,5 +91,5 @@ baseline.synchronize = lambda device: None
 baseline.main()
 """)
     arguments = ["--sample", "--batch-size", 12, "--max-steps", STEPS, "--epochs", 1]
-    process = run_script(script, arguments, tmp_path, environment={"CUDA_VISIBLE_DEVICES": GPU})
+    process = run_script(script, arguments, tmp_path, environment={"CUDA_VISIBLE_DEVICES": GPUS})
     assert process.returncode == 0, process.stderr

@@ -6,8 +6,8 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cd "$here/../.."
 bash run_baseline.sh --prepare --sample
-rm -f "$here"/*.json # a finished run is not repeated
-options=(--sample --results "$here")
+new=$(mktemp --directory) # the records name the commit, and say whether a file of it was changed: none may be yet
+options=(--sample --results "$new")
 export OMP_NUM_THREADS=1
 for ((round = 1; round <= ${1:-2}; round++)); do
     .venv/bin/python baseline.py "${options[@]}" --run "baseline-$round"
@@ -16,3 +16,6 @@ for ((round = 1; round <= ${1:-2}; round++)); do
             --run "workers-$workers-$round"
     done
 done
+rm -f "$here"/*.json
+mv "$new"/* "$here"
+rmdir "$new"
