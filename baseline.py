@@ -312,6 +312,7 @@ def load_features(questions, key, **arguments):
             fn_kwargs=arguments,
             cache_file_name=str(directory / f"{key}.arrow"),
             load_from_cache_file=True,
+            num_proc=min(len(os.sched_getaffinity(0)), len(questions) // 2000) or None,
             new_fingerprint=key,  # a hash of the tokenizer would not do: its state changes with its first use
         )
 
@@ -333,7 +334,7 @@ def load_data(options):
     loaded, counts = [], {}
     for split, path, prefix in (("train", options.train_file, ""), ("validation", options.dev_file, "dev_")):
         questions, sha256 = read_squad_file(path) if path else read_hub(split)
-        key = hashlib.sha256(f"{sha256} {recipe}".encode()).hexdigest()
+        key = hashlib.sha256(f"{sha256} {recipe}".encode()).hexdigest()[:32]  # map() adds the number of a part
         features = load_features(questions, key, tokenizer=tokenizer, **arguments)
         loaded.append((questions, features))
         name = Path(path).name if path else f"{HUB_DATASET} {split}"
@@ -919,6 +920,7 @@ def main():
     started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said, or it warns when something forks
     datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     options = parse_options(build_parser())

@@ -122,6 +122,7 @@ def measure_tokenizer(questions, tokenizer):
     arguments = {"truncation": "only_second", "max_length": WINDOWS["max_length"], "stride": WINDOWS["doc_stride"]}
     arguments |= dict.fromkeys(("return_overflowing_tokens", "return_offsets_mapping"), True)
     arguments |= dict.fromkeys(("return_attention_mask", "return_token_type_ids"), False)
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # map() with several processes leaves it off
     began = time.perf_counter()
     for first in range(0, len(texts), 1000):
         rows = slice(first, first + 1000)
@@ -451,7 +452,6 @@ def main():
         sys.exit("the Trainer wants accelerate: pip install accelerate, or leave it out with --only")
     if BATCH_SIZE % options.micro_batch_size:
         sys.exit(f"--micro-batch-size {options.micro_batch_size}: must divide {BATCH_SIZE}, for the Trainer")
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"
     torch.set_num_threads(options.threads)
     content = {"machine": describe_machine(), "options": vars(options), "parts": {}}
     with tempfile.TemporaryDirectory() as directory:
