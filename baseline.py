@@ -384,8 +384,8 @@ def collate(indices, table, pass_size, round_to):
             "input_ids": input_ids,
             "attention_mask": is_token.astype(np.int64),
             "token_type_ids": (is_token & (positions >= context_starts)).astype(np.int64),
-            "start_positions": np.array(rows["start_position"]),
-            "end_positions": np.array(rows["end_position"]),
+            "start_positions": rows["start_position"].to_numpy().copy(),
+            "end_positions": rows["end_position"].to_numpy().copy(),
         }
         passes.append({name: torch.from_numpy(array) for name, array in arrays.items()})
     return passes
