@@ -453,7 +453,9 @@ def main():
     if BATCH_SIZE % options.micro_batch_size:
         sys.exit(f"--micro-batch-size {options.micro_batch_size}: must divide {BATCH_SIZE}, for the Trainer")
     torch.set_num_threads(options.threads)
-    content = {"machine": describe_machine(), "options": vars(options), "parts": {}}
+    named = {name: getattr(options, name) for name in ("rounds", "steps", "micro_batch_size", "threads")}
+    named["questions"] = "train-v2.0-subset.json.gz" if options.squad else "sample"
+    content = {"machine": describe_machine(), "options": named, "parts": {}}
     with tempfile.TemporaryDirectory() as directory:
         os.environ["HF_DATASETS_CACHE"] = directory
         datasets.config.HF_DATASETS_CACHE = directory
