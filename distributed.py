@@ -666,7 +666,7 @@ def measure_step(model, features, lengths, batches, options, device):
     compute: forward and backward passes, the mean of the ranks; imbalance: what the slowest rank takes beyond it;
     communication: what exchanging gradients adds to that, as far as computing does not hide it.
     """
-    model.train()
+    warm_up(model, features, lengths, batches, options, device)  # an evaluation has come between
     tokens = np.array([lengths[batch].sum() for batch in batches])
     every = max(1, len(batches) // MEASURED_STEPS[device.type])
     indices = np.argsort(tokens)[every // 2 :: every]  # short ones and long ones
