@@ -308,9 +308,8 @@ def compare_memory(options):
     for _ in baseline.optimize(model, optimizer, features, [longest] * 2, 0, 2, [], settings, device):
         pass
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_memory(most=True) - before
-    tensors = 4 * sum(
-        weight.numel() * weight.element_size() for weight in model.parameters()
-    )  # gradients, two of AdamW
+    # Of each weight: itself, its gradient, AdamW's two.
+    tensors = 4 * sum(weight.numel() * weight.element_size() for weight in model.parameters())
     measured = {"peak_mb": peak / 1e6, "weights_to_optimizer_mb": tensors / 1e6, "activations_mb": activations / 1e6}
     return measured | {"peak_over_sum": peak / (tensors + activations)}
 
@@ -426,14 +425,12 @@ def report_part(part, rounds):
 def describe_machine():
     """Return what the figures depend on beside the options."""
     device = torch.device("cpu")
-    return (
-        {"device": baseline.device_name(device)}
-        | baseline.describe_environment(device)
-        | {
-            "cores": len(os.sched_getaffinity(0)),
-            "load_average": os.getloadavg()[0],  # above 0, others were at work when this started
-        }
-    )
+    return {
+        "device": baseline.device_name(device),
+        **baseline.describe_environment(device),
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average": os.getloadavg()[0],  # above 0, others were at work when this started
+    }
 
 
 def main():
