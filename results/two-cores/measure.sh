@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The records beside this file: runs of the sample by the baseline, one and two workers, in turn; seven minutes a round.
+# The records beside this file: runs of the sample by the baseline, one and two workers, in turn; ten minutes a round.
 #
 #   bash results/two-cores/measure.sh [ROUNDS]
 set -euo pipefail
