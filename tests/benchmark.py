@@ -75,7 +75,12 @@ def build_parser():
     add("--rounds", type=int, default=3)
     add("--steps", type=int, default=6, help=f"optimizer steps of a run, of {BATCH_SIZE} features each")
     add("--micro-batch-size", type=int, default=6, help="of both scripts, and of the Trainer's last recipe")
-    add("--squad", type=Path, metavar="DIR", help="folder with train-v2.0-subset.json.gz (default: the sample)")
+    add(
+        "--squad",
+        type=lambda path: Path(path).resolve(),
+        metavar="DIR",
+        help="folder with train-v2.0-subset.json.gz (default: the sample)",
+    )
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of a process, except in scaling")
     add("--only", choices=list(RATIOS), help="one part (default: the first three)")
     add("--output", type=Path, default=Path("benchmark.json"), metavar="FILE")
