@@ -392,7 +392,7 @@ def load_data(options):
     if options.max_length > config.max_position_embeddings:
         raise ScriptError(f"--max-length {options.max_length}: the model's limit is {config.max_position_embeddings}")
     arguments = {"max_length": options.max_length, "doc_stride": options.doc_stride}
-    recipe = f"{arguments} {tokenizer.backend_tokenizer.to_str()} {inspect.getsource(make_features)}"
+    recipe = f"{arguments} {FEATURES} {tokenizer.backend_tokenizer.to_str()} {inspect.getsource(make_features)}"
     loaded, counts = [], {}
     for split, path, prefix in (("train", options.train_file, ""), ("validation", options.dev_file, "dev_")):
         questions, sha256 = read_squad_file(path) if path else read_hub(split)
