@@ -299,6 +299,9 @@ def compare_memory(options):
         options, batch_size=size, micro_batch_size=None, threads=options.threads
     )
     longest = np.argsort(features["length"][:])[-size:]
+    for _ in baseline.optimize(model, optimizer, features, [longest] * 2, 0, 2, [], settings, device):
+        pass
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_memory(most=True) - before
     (passes,) = baseline.load_passes([longest], features, settings, device)
     weights, saved = {weight.untyped_storage().data_ptr() for weight in model.parameters()}, {}
 
@@ -307,12 +310,8 @@ def compare_memory(options):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss, *_ = baseline.forward(model, passes[0], settings, device)
+        baseline.forward(model, passes[0], settings, device)
     activations = sum(count for pointer, count in saved.items() if pointer not in weights)
-    del loss
-    for _ in baseline.optimize(model, optimizer, features, [longest] * 2, 0, 2, [], settings, device):
-        pass
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_memory(most=True) - before
     # Of each weight: itself, its gradient, AdamW's two.
     tensors = 4 * sum(weight.numel() * weight.element_size() for weight in model.parameters())
     measured = {"peak_mb": peak / 1e6, "weights_to_optimizer_mb": tensors / 1e6, "activations_mb": activations / 1e6}
