@@ -49,10 +49,6 @@ LOG_EVERY = {"cpu": 1, "cuda": 10}  # steps; to read a loss the host waits for t
 WARM_UP_STEPS = 2
 MEASURED_STEPS = {"cpu": 4, "cuda": 20}
 MAX_ANSWER_TOKENS = 30  # as Devlin et al.
-FEATURES = datasets.Features(  # half of what int64 would write; make_features() says what they are
-    dict.fromkeys(["question", "length", "context_start", "start_position", "end_position"], datasets.Value("int32"))
-    | dict.fromkeys(["input_ids", "token_starts", "token_ends"], datasets.List(datasets.Value("int32")))
-)
 # Dense peak FLOP/s of NVIDIA's data sheets, by a part of the device's name.
 PEAK_FLOPS = {
     "A100": {"fp32": 19.5e12, "tf32": 156e12, "bf16": 312e12},
@@ -313,7 +309,6 @@ def load_features(questions, key, **arguments):
             batched=True,
             with_indices=True,
             remove_columns=questions.column_names,
-            features=FEATURES,
             fn_kwargs=arguments,
             cache_file_name=str(directory / f"{key}.arrow"),
             load_from_cache_file=True,
@@ -335,7 +330,7 @@ def load_data(options):
     if options.max_length > config.max_position_embeddings:
         raise ScriptError(f"--max-length {options.max_length}: the model's limit is {config.max_position_embeddings}")
     arguments = {"max_length": options.max_length, "doc_stride": options.doc_stride}
-    recipe = f"{arguments} {FEATURES} {tokenizer.backend_tokenizer.to_str()} {inspect.getsource(make_features)}"
+    recipe = f"{arguments} {tokenizer.backend_tokenizer.to_str()} {inspect.getsource(make_features)}"
     loaded, counts = [], {}
     for split, path, prefix in (("train", options.train_file, ""), ("validation", options.dev_file, "dev_")):
         questions, sha256 = read_squad_file(path) if path else read_hub(split)
@@ -389,8 +384,8 @@ def collate(indices, table, pass_size, round_to):
             "input_ids": input_ids,
             "attention_mask": is_token.astype(np.int64),
             "token_type_ids": (is_token & (positions >= context_starts)).astype(np.int64),
-            "start_positions": rows["start_position"].to_numpy().astype(np.int64),
-            "end_positions": rows["end_position"].to_numpy().astype(np.int64),
+            "start_positions": rows["start_position"].to_numpy().copy(),
+            "end_positions": rows["end_position"].to_numpy().copy(),
         }
         passes.append({name: torch.from_numpy(array) for name, array in arrays.items()})
     return passes
