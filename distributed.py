@@ -40,6 +40,7 @@ from pathlib import Path
 import datasets
 import filelock
 import numpy as np
+import pyarrow
 import torch
 import torch.distributed as dist
 import transformers
@@ -53,8 +54,8 @@ TIMEOUT = datetime.timedelta(minutes=5)  # for a rank that the others wait for
 ROLL_CALL = datetime.timedelta(seconds=10)
 HERE = Path(__file__).resolve().parent
 HUB_DATASET = "rajpurkar/squad_v2"
-LOG_EVERY = {"cpu": 1, "cuda": 10}  # steps; to read a loss the host waits for the device
-WARM_UP_STEPS = 2
+LOG_EVERY = {"cpu": 1, "cuda": 20}  # steps; to read a loss the host waits for the device, which then waits for it
+WARM_UP_STEPS = 3  # in warm_up()
 MEASURED_STEPS = {"cpu": 4, "cuda": 20}
 MAX_ANSWER_TOKENS = 30  # as Devlin et al.
 # Dense peak FLOP/s of NVIDIA's data sheets, by a part of the device's name.
@@ -353,7 +354,7 @@ def make_features(batch, indices, tokenizer, max_length, doc_stride):
             "token_starts": [start for start, _ in offsets],
             "token_ends": [end for _, end in offsets],
         })  # fmt: skip
-    return {name: [feature[name] for feature in features] for name in features[0]}
+    return pyarrow.Table.from_pylist(features)  # of lists, datasets would look at each number
 
 
 def load_features(questions, key, **arguments):
@@ -548,7 +549,10 @@ def backward(model, passes, batch_size, options, device):
 
 
 def read_losses(losses, asked):
-    """Return (the global batches' losses as floats, whether to stop): here alone does training wait for the device."""
+    """Return (the global batches' losses as floats, whether to stop): here alone does training wait for the device.
+
+    Nearly alone: DDP waits in its first ten steps and in every hundredth, to time itself.
+    """
     values = torch.stack([*losses, torch.full_like(losses[0], bool(asked))])
     dist.all_reduce(values)
     *losses, ranks_asked = values.tolist()
@@ -649,14 +653,19 @@ def train(model, optimizer, features, dev, epochs, state, save, asked, options, 
 
 
 def warm_up(model, features, lengths, batches, options, device):
-    """Compute a pass of the longest batch, and drop it: what happens once in a run shall not be in a step's time.
+    """Compute some passes, and drop them: what happens once in a run shall not be in a step's time.
 
     Allocating, connecting, and with --compile compiling; in the second pass DDP lays out its buckets anew.
     """
     model.train()
-    longest = max(batches, key=lambda batch: lengths[batch].max())
-    for passes in load_passes([share_of(longest)] * WARM_UP_STEPS, features, options, device):
-        backward(model, passes[:1], options.batch_size, options, device).item()
+    shortest = min(batches, key=lambda batch: lengths[batch].max())
+    largest = max(batches, key=lambda batch: len(batch) * lengths[batch].max())
+    # Compiling takes a length that equals the model's width for that width, so the longest batch is not the first one;
+    # a pass of one feature is compiled apart.
+    chosen = [shortest[:1], shortest, largest]
+    for passes in load_passes([share_of(batch) for batch in chosen], features, options, device):
+        one_pass = max(passes, key=lambda inputs: inputs["input_ids"].numel())
+        backward(model, [one_pass], options.batch_size, options, device).item()
         model.zero_grad()
 
 
@@ -973,7 +982,7 @@ def make_record(options, device, started, environment, work, state, step, qualit
     per_step = np.array(state["step_seconds"])
     measured = state["seconds"] | {"median": float(np.median(per_step)), "p95": float(np.percentile(per_step, 95))}
     names = ["setup", "warm_up", "data", "train", "train_epochs", "evaluate", "measure", "total", "median", "p95"]
-    measured["peak_bytes"] = peak_memory(device)
+    measured["peak_bytes"] = state["peak_bytes"]
     workers, machines, measured = gather_workers(device, measured)
     measured["train"] = train_seconds = sum(measured["train_epochs"])
     peak = next((peak[options.precision] for name, peak in PEAK_FLOPS.items() if name in machines["device"]), None)
@@ -1176,7 +1185,7 @@ def scaling_rows(groups):
 
 
 def predict_speedup(rows):
-    """Return Amdahl's law with the e of the largest strong run: {workers, e, bound 1/e, bound_spread}; None without."""
+    """Return Amdahl's law with the e of the largest strong run: its e, bound 1/e and bound_spread; None without."""
     strong = [row for row in rows if row["mode"] == "DDP strong" and row["workers"] > 1]
     row = max(strong, key=lambda row: row["workers"], default=None)
     if row is None or row["serial_fraction"] <= 0:
@@ -1184,7 +1193,8 @@ def predict_speedup(rows):
     bounds = [karp_flatt(speedup, row["workers"]) for speedup in row["speedup_spread"]]
     bounds = [1 / e if e > 0 else None for e in bounds]
     e = row["serial_fraction"]
-    return {"workers": row["workers"], "e": e, "bound": 1 / e, "bound_spread": bounds}
+    source = {name: row[name] for name in ("workers", "nodes", "precision")}
+    return source | {"e": e, "bound": 1 / e, "bound_spread": bounds}
 
 
 def print_table(columns, rows):
@@ -1272,7 +1282,9 @@ def show_remarks(rows, excluded, prediction):
         e, more = prediction["e"], [factor * prediction["workers"] for factor in (2, 4)]
         speedups = ", ".join(f"{amdahl(e, workers):.2f} on {workers}" for workers in more)
         low, high = (f"{bound:.3g}" if bound else "any" for bound in prediction["bound_spread"])
-        print(f"extrapolated by Amdahl's law: {speedups} workers; bound {prediction['bound']:.3g} ({low}-{high})")
+        source = "{workers} workers on {nodes} nodes, {precision}".format(**prediction)
+        bound = f"{prediction['bound']:.3g} ({low}-{high})"
+        print(f"extrapolated by Amdahl's law from {source}: {speedups} workers; bound {bound}")
 
 
 def report(options):
@@ -1357,6 +1369,7 @@ def main():
         )
     except RuntimeError as error:
         explain_timeout(error, roll_call)
+    state["peak_bytes"] = peak_memory(device)  # of training and evaluating; measuring takes more
     measure_start = time.perf_counter()
     step = measure_step(parallel, features, lengths, epochs[0], options, device)
     state["seconds"]["measure"] = time.perf_counter() - measure_start
@@ -1384,8 +1397,10 @@ if __name__ == "__main__":
         main()
     except ScriptError as error:
         message, status = (*error.args, 2)[:2]
-        if RANK > 0 and status == 143:  # all were asked to stop, and torchrun waits for all
-            sys.exit(status)
+        if status == 143:  # all were asked to stop, and torchrun waits for all
+            dist.destroy_process_group()
+            if RANK > 0:
+                sys.exit(status)
         # Ranks mostly fail alike, and torchrun ends them all when one exits: rank 0 speaks at once, and another rank
         # only if the error was its own and it is still there.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

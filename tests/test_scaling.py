@@ -201,6 +201,7 @@ def test_amdahl_is_drawn_on(tmp_path):
     rows, _ = scale([record("base", script="baseline"), record("two", 2, 410), record("four", 4, 250)], tmp_path)
     prediction = distributed.predict_speedup(rows)
     assert prediction.pop("bound_spread") == pytest.approx([12, 12])
+    assert (prediction.pop("nodes"), prediction.pop("precision")) == (1, "bf16")
     assert prediction == pytest.approx({"workers": 4, "e": 1 / 12, "bound": 12})
     assert [distributed.amdahl(1 / 12, workers) for workers in (4, 8, 16)] == pytest.approx([3.2, 96 / 19, 64 / 9])
     rows, _ = scale([record("slower", 4, 800 / 3)], tmp_path)

@@ -3,13 +3,14 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
 
 import baseline
-from conftest import ENCODER, ROOT, cut_sample, read_scalars, run_script
+from conftest import ENCODER, ROOT, TINY, cut_sample, read_scalars, run_script, write_model
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +165,26 @@ def test_the_saved_model_gives_the_same_answers(train, arguments, monkeypatch, t
     assert {id_: score for _, id_, _, score, *_ in answers} == pytest.approx(
         run["no_answer_scores"], rel=1e-4, abs=1e-4
     )
+
+
+def test_nothing_is_compiled_once_training_has_begun(arguments, tmp_path, monkeypatch):
+    """Not for a length that equals the model's width, not for a pass of one feature."""
+    model = write_model(tmp_path, **TINY | {"hidden_size": 64})
+    monkeypatch.chdir(tmp_path)
+    options = ["--model", model, "--random-init", "--compile", "--precision", "fp32", "--batch-size", 9]
+    options += ["--micro-batch-size", 4, "--max-length", 64, "--doc-stride", 16]
+    monkeypatch.setattr("sys.argv", ["baseline.py", *map(str, [*arguments, *options])])
+    options, device = baseline.parse_options(baseline.build_parser()), torch.device("cpu")
+    _, features, _, _ = baseline.load_data(options)
+    model, lengths = baseline.load_model(options, device), np.array(features["length"][:])
+    (batches,) = baseline.plan_epochs(lengths, options)
+    baseline.warm_up(model, features, lengths, batches, options, device)
+    shapes = set()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for batch, passes in zip(batches, baseline.load_passes(batches, features, options, device), strict=True):
+            baseline.backward(model, passes, len(batch), options, device)
+            shapes |= {inputs["input_ids"].shape for inputs in passes}
+    assert {1, 4} <= {count for count, _ in shapes} and 64 in {length for _, length in shapes} and len(shapes) > 5
 
 
 def test_prepare_fetches_the_weights_too(arguments, tmp_path, monkeypatch):
