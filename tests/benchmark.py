@@ -28,6 +28,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -196,12 +197,12 @@ def measure_script(script, options, world_size=None, environment=(), **settings)
     return {name: value for name, value in measured.items() if value is not None}
 
 
-def measure_child(child, train_file, options, environment=(), model=ENCODER):
+def measure_child(child, train_file, options, environment=(), **settings):
     """Measure what --child names in a process of its own; return what it measured."""
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "measured.json"
-        settings = {"child": child, "train_file": train_file, "output": output, "steps": options.steps, "model": model}
-        settings |= {"micro_batch_size": options.micro_batch_size, "threads": options.threads}
+        common = {"micro_batch_size": options.micro_batch_size, "threads": options.threads, "steps": options.steps}
+        settings = common | {"child": child, "train_file": train_file, "output": output} | settings
         start("tests/benchmark.py", settings, directory, environment=environment)
         return json.loads(output.read_text())
 
@@ -329,8 +330,10 @@ def profile_steps(options):
     with torch.profiler.profile() as profiler:
         for _ in baseline.optimize(model, optimizer, features, batches, 0, len(batches), [], settings, device):
             pass
+    own = torch.autograd.DeviceType.CUDA if device.type == "cuda" else torch.autograd.DeviceType.CPU
     seconds = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    times = {event.key: getattr(event, seconds) for event in profiler.key_averages()}
+    events = [event for event in profiler.key_averages() if event.device_type == own and not event.is_user_annotation]
+    times = {event.key: getattr(event, seconds) for event in events}
     largest = sorted(times, key=times.get, reverse=True)[:8]
     return {f"{name}, share of the time": times[name] / sum(times.values()) for name in largest}
 
@@ -381,18 +384,17 @@ def contestants_of(part, options, directory):
 def device_contestants(settings, options, gpu, directory):
     """Return contestants_of() the part "device"."""
     contestants, on_gpu = {}, shutil.which("nvidia-smi") is not None
-    settings |= {"environment": gpu, "micro_batch_size": None if on_gpu else options.micro_batch_size}
-    model = ENCODER
-    if on_gpu:
-        model = write_model(directory)  # the sizes of BERT-base
-        settings |= {"model": model, "random_init": True}
+    child = {"model": ENCODER, "micro_batch_size": options.micro_batch_size}
+    if on_gpu:  # BERT-base in passes that 40 GB hold
+        child = {"model": write_model(directory), "micro_batch_size": 96}
+    settings |= child | {"environment": gpu, "random_init": on_gpu}
     for precision in ("fp32", "tf32", "bf16") if on_gpu else ("fp32", "bf16"):
         for compiled in (False, True):
             for batch_size in (48, 96, 192):
                 name = f"{precision}{' compiled' * compiled}, batch {batch_size}"
                 work = settings | {"precision": precision, "compile": compiled, "batch_size": batch_size}
                 contestants[name] = functools.partial(measure_script, "baseline.py", options, **work)
-    profile = functools.partial(measure_child, "profile", settings["train_file"], options, gpu, model)
+    profile = functools.partial(measure_child, "profile", settings["train_file"], options, gpu, **child)
     return contestants | {"profile": profile}
 
 
@@ -429,9 +431,11 @@ def report_part(part, rounds):
 def describe_machine():
     """Return what the figures depend on beside the options."""
     device = torch.device("cpu")
+    gpus = "nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2> /dev/null"
     return {
         "device": baseline.device_name(device),
         **baseline.describe_environment(device),
+        "gpus": subprocess.getoutput(gpus).splitlines(),
         "cores": len(os.sched_getaffinity(0)),
         "load_average": os.getloadavg()[0],  # above 0, others were at work when this started
     }
