@@ -37,6 +37,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+import torch.utils.benchmark
 import transformers
 import transformers.trainer_pt_utils
 
@@ -319,23 +320,45 @@ def compare_memory(options):
     return measured | {"peak_over_sum": peak / (tensors + activations)}
 
 
+def product_rate(rows, config, precision, device):
+    """Return the FLOP/s of the largest product of a layer, of so many tokens, computed again and again."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    shapes = (rows, config.hidden_size), (config.hidden_size, config.intermediate_size)
+    factors = dict(zip("ab", (torch.randn(shape, dtype=dtype, device=device) for shape in shapes), strict=True))
+    timer = torch.utils.benchmark.Timer("a @ b", globals=factors, num_threads=torch.get_num_threads())
+    return 2 * rows * config.hidden_size * config.intermediate_size / timer.blocked_autorange(min_run_time=1).median
+
+
 def profile_steps(options):
-    """Profile some optimizer steps; return the shares of the operations that take the most of the device's time."""
+    """Take some optimizer steps twice, the second time profiled.
+
+    Return the FLOP/s of the first, beside those of a product of its matrices alone, and the shares of the operations
+    that take the most of the device's time.
+    """
     settings, device, model, optimizer, features, _ = prepare_baseline(
         options, micro_batch_size=options.micro_batch_size, threads=options.threads, precision=None
     )
     lengths = np.array(features["length"][:])
     batches = baseline.plan_epochs(lengths, settings)[0][: options.steps]
+    take_steps = functools.partial(
+        baseline.optimize, model, optimizer, features, batches, 0, len(batches), [], settings, device
+    )
     baseline.warm_up(model, features, lengths, batches, settings, device)
+    train_s = sum(seconds for _, seconds, *_ in take_steps())
     with torch.profiler.profile() as profiler:
-        for _ in baseline.optimize(model, optimizer, features, batches, 0, len(batches), [], settings, device):
-            pass
+        collections.deque(take_steps(), maxlen=0)
+    work = baseline.describe_work(settings, {}, model, lengths, [batches])
+    pass_tokens = work["trained_tokens"] * options.micro_batch_size // work["trained_features"]
+    measured = {
+        "training, FLOP/s": work["trained_flop"] / train_s,
+        "product alone, FLOP/s": product_rate(pass_tokens, model.config, settings.precision, device),
+    }
     own = torch.autograd.DeviceType.CUDA if device.type == "cuda" else torch.autograd.DeviceType.CPU
     seconds = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     events = [event for event in profiler.key_averages() if event.device_type == own and not event.is_user_annotation]
     times = {event.key: getattr(event, seconds) for event in events}
     largest = sorted(times, key=times.get, reverse=True)[:8]
-    return {f"{name}, share of the time": times[name] / sum(times.values()) for name in largest}
+    return measured | {f"{name}, share of the time": times[name] / sum(times.values()) for name in largest}
 
 
 # report ---------------------------------------------------------------------------------------------------------------
