@@ -47,7 +47,7 @@ from transformers import AutoConfig, AutoTokenizer, BertForQuestionAnswering
 HERE = Path(__file__).resolve().parent
 HUB_DATASET = "rajpurkar/squad_v2"
 LOG_EVERY = {"cpu": 1, "cuda": 20}  # steps; to read a loss the host waits for the device, which then waits for it
-WARM_UP_STEPS = 3  # in warm_up()
+WARM_UP_STEPS = 3  # passes of warm_up(), for the record
 MEASURED_STEPS = {"cpu": 4, "cuda": 20}
 MAX_ANSWER_TOKENS = 30  # as Devlin et al.
 # Dense peak FLOP/s of NVIDIA's data sheets, by a part of the device's name.
@@ -587,10 +587,11 @@ def warm_up(model, features, lengths, batches, options, device):
     Allocating, and with --compile compiling.
     """
     model.train()
+    pass_size = options.micro_batch_size or options.batch_size
     shortest = min(batches, key=lambda batch: lengths[batch].max())
-    largest = max(batches, key=lambda batch: len(batch) * lengths[batch].max())
-    # Compiling takes a length that equals the model's width for that width, so the longest batch is not the first one;
-    # a pass of one feature is compiled apart.
+    largest = max(batches, key=lambda batch: min(len(batch), pass_size) * lengths[batch].max())
+    # A pass whose length equals the model's width is compiled for that length alone, so passes of another are computed
+    # too; a pass of one feature is compiled apart.
     chosen = [shortest[:1], shortest, largest]
     for passes in load_passes(chosen, features, options, device):
         one_pass = max(passes, key=lambda inputs: inputs["input_ids"].numel())
@@ -964,7 +965,7 @@ def main():
     quality, answers = train(
         model, optimizer, features, dev, epochs, state, save, watch_for_stop(), options, device, writer
     )
-    state["peak_bytes"] = peak_memory(device)  # of training and evaluating; measuring takes more
+    state["peak_bytes"] = peak_memory(device)  # of training and evaluating, not of measuring
     measure_start = time.perf_counter()
     step = measure_step(model, features, lengths, epochs[0], options, device)
     state["seconds"]["measure"] = time.perf_counter() - measure_start

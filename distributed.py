@@ -55,7 +55,7 @@ ROLL_CALL = datetime.timedelta(seconds=10)
 HERE = Path(__file__).resolve().parent
 HUB_DATASET = "rajpurkar/squad_v2"
 LOG_EVERY = {"cpu": 1, "cuda": 20}  # steps; to read a loss the host waits for the device, which then waits for it
-WARM_UP_STEPS = 3  # in warm_up()
+WARM_UP_STEPS = 3  # passes of warm_up(), for the record
 MEASURED_STEPS = {"cpu": 4, "cuda": 20}
 MAX_ANSWER_TOKENS = 30  # as Devlin et al.
 # Dense peak FLOP/s of NVIDIA's data sheets, by a part of the device's name.
@@ -549,9 +549,9 @@ def backward(model, passes, batch_size, options, device):
 
 
 def read_losses(losses, asked):
-    """Return (the global batches' losses as floats, whether to stop): here alone does training wait for the device.
+    """Return (the global batches' losses as floats, whether to stop): here does training wait for the device.
 
-    Nearly alone: DDP waits in its first ten steps and in every hundredth, to time itself.
+    So does DDP, to time itself: in its first ten exchanges, of which three are the warm-up's, and in every hundredth.
     """
     values = torch.stack([*losses, torch.full_like(losses[0], bool(asked))])
     dist.all_reduce(values)
@@ -658,12 +658,14 @@ def warm_up(model, features, lengths, batches, options, device):
     Allocating, connecting, and with --compile compiling; in the second pass DDP lays out its buckets anew.
     """
     model.train()
+    batches = [share_of(batch) for batch in batches]
+    pass_size = options.micro_batch_size or options.batch_size
     shortest = min(batches, key=lambda batch: lengths[batch].max())
-    largest = max(batches, key=lambda batch: len(batch) * lengths[batch].max())
-    # Compiling takes a length that equals the model's width for that width, so the longest batch is not the first one;
-    # a pass of one feature is compiled apart.
+    largest = max(batches, key=lambda batch: min(len(batch), pass_size) * lengths[batch].max())
+    # A pass whose length equals the model's width is compiled for that length alone, so passes of another are computed
+    # too; a pass of one feature is compiled apart.
     chosen = [shortest[:1], shortest, largest]
-    for passes in load_passes([share_of(batch) for batch in chosen], features, options, device):
+    for passes in load_passes(chosen, features, options, device):
         one_pass = max(passes, key=lambda inputs: inputs["input_ids"].numel())
         backward(model, [one_pass], options.batch_size, options, device).item()
         model.zero_grad()
@@ -1369,7 +1371,7 @@ def main():
         )
     except RuntimeError as error:
         explain_timeout(error, roll_call)
-    state["peak_bytes"] = peak_memory(device)  # of training and evaluating; measuring takes more
+    state["peak_bytes"] = peak_memory(device)  # of training and evaluating, not of measuring
     measure_start = time.perf_counter()
     step = measure_step(parallel, features, lengths, epochs[0], options, device)
     state["seconds"]["measure"] = time.perf_counter() - measure_start

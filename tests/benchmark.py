@@ -11,13 +11,14 @@ The parts:
     data       tokenising, the second start, decoding and scoring the whole dev set
     growth     time and memory of few steps and of all those of an epoch, with a tiny model (wants --squad)
     memory     the peak over what weights, gradients, optimizer and activations add up to, on the longest features
+    profile    the FLOP/s of some steps beside those of a matrix product alone, and what takes the most time
     device     every precision, compiled and not, with three batch sizes: BERT-base with random weights on a GPU, the
                packaged encoder on a CPU; and a profile of some steps (wants --squad)
 
 All contestants run once a round, in rotating order; a ratio is that of two runs of one round. All runs of the first two
 parts train on the same features, each of them once: random questions that make exactly --steps batches are cut
-beforehand. The Trainer's first step allocates within its time, the scripts' before it. All parts but the last two use
-the CPU alone.
+beforehand. The Trainer's first step allocates within its time, the scripts' before it. All parts but the last three
+use the CPU alone.
 """
 
 import argparse
@@ -66,6 +67,7 @@ RATIOS = {
         ("peak memory, whole epoch over few steps", "peak_mb", "whole epoch", "few steps", 1),
     ],
     "memory": [],
+    "profile": [],
     "device": [],
 }
 
@@ -348,7 +350,7 @@ def profile_steps(options):
     with torch.profiler.profile() as profiler:
         collections.deque(take_steps(), maxlen=0)
     work = baseline.describe_work(settings, {}, model, lengths, [batches])
-    pass_tokens = work["trained_tokens"] * options.micro_batch_size // work["trained_features"]
+    pass_tokens = work["trained_tokens"] * min(options.micro_batch_size, BATCH_SIZE) // work["trained_features"]
     measured = {
         "training, FLOP/s": work["trained_flop"] / train_s,
         "product alone, FLOP/s": product_rate(pass_tokens, model.config, settings.precision, device),
@@ -378,7 +380,7 @@ def contestants_of(part, options, directory):
             "answers": partial(measure_answers, *tokenise(DEV_SET, "dev")),
         }
     settings = {"dev_file": dev_file, "max_steps": options.steps}
-    if part in ("growth", "memory", "device"):
+    if part in ("growth", "memory", "profile", "device"):
         settings["train_file"] = squad or ROOT / "sample/train.json"
     else:
         settings["train_file"] = directory / "train.json"
@@ -399,8 +401,8 @@ def contestants_of(part, options, directory):
         run = partial(measure_script, "baseline.py", options)
         return {"few steps": partial(run, **settings), "whole epoch": partial(run, **settings | {"max_steps": None})}
     gpu = {"CUDA_VISIBLE_DEVICES": GPUS}
-    if part == "memory":
-        return {"baseline": partial(measure_child, "memory", settings["train_file"], options, gpu)}
+    if part in ("memory", "profile"):
+        return {"baseline": partial(measure_child, part, settings["train_file"], options, gpu)}
     return device_contestants(settings, options, gpu, directory)
 
 
@@ -471,7 +473,7 @@ def main():
     datasets.disable_progress_bars()
     if options.child:
         measure = {"memory": compare_memory, "profile": profile_steps}.get(options.child, train_with_trainer)
-        options.output.write_text(json.dumps(measure(options)))
+        options.output.write_text(json.dumps(measure(options), indent=2))
         return
     parts = [options.only] if options.only else ["trainer", "scaling", "data"]
     if options.only in ("growth", "device") and not options.squad:

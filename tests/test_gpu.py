@@ -14,10 +14,11 @@ STEPS = 4
 
 def ask_driver(question):
     """Return nvidia-smi's answers for the GPUs to be used."""
-    query = ["nvidia-smi", f"--query-gpu=index,{question}", "--format=csv,noheader"]
+    query = ["nvidia-smi", f"--query-gpu=index,uuid,{question}", "--format=csv,noheader"]
     lines = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
-    answers = dict(line.split(", ", 1) for line in lines)
-    return [answer for index, answer in answers.items() if index in GPUS.split(",")]
+    names = set(GPUS.replace(" ", "").split(","))
+    answers = [answer for *gpu, answer in (line.split(", ", 2) for line in lines) if names & set(gpu)]
+    return answers or pytest.skip(f"CUDA_VISIBLE_DEVICES={GPUS} names no GPU")
 
 
 @pytest.fixture(scope="module")
