@@ -348,7 +348,8 @@ def profile_steps(options):
     baseline.warm_up(model, features, lengths, batches, settings, device)
     train_s = sum(seconds for _, seconds, *_ in take_steps())
     with torch.profiler.profile() as profiler:
-        collections.deque(take_steps(), maxlen=0)
+        for _ in take_steps():
+            pass
     work = baseline.describe_work(settings, {}, model, lengths, [batches])
     pass_tokens = work["trained_tokens"] * min(options.micro_batch_size, BATCH_SIZE) // work["trained_features"]
     measured = {
