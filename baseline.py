@@ -52,8 +52,8 @@ MAX_ANSWER_TOKENS = 30
 DEV_SCALARS = {"loss/dev": "dev_loss", "score/exact": "exact", "score/f1": "f1", "score/best_f1": "best_f1"}
 # Options that do not change what is trained: a run can be resumed, and compared, with others.
 NOT_SETTINGS = ["run_name", "output_dir", "checkpoint_every", "evaluate_every", "predictions", "prepare"]
-NOT_SETTINGS += ["device", "device_name", "host", "threads"]
-OLDER_CUDA = "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cu126 bash run_baseline.sh --prepare"
+NOT_SETTINGS += ["device", "device_name", "host", "threads", "report"]
+OLDER_DRIVER = "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cu126 bash run_baseline.sh --prepare"
 
 
 class ScriptError(Exception):
@@ -171,8 +171,8 @@ def set_up_device(args):
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         driver = re.search(r"CUDA[\w ]* Version: [\d.]+", subprocess.getoutput("nvidia-smi")) or ["not found"]
         cannot = f"torch {torch.__version__}, {built}, cannot use the GPU of this job (driver: {driver[0]})"
-        older = f"for an older driver: {OLDER_CUDA} (builds: https://pytorch.org/get-started/previous-versions)"
-        raise ScriptError(f"{cannot}; {older}; to train on the CPU: --device cpu")
+        other = "(all builds: https://pytorch.org/get-started/previous-versions); to train on the CPU: --device cpu"
+        raise ScriptError(f"{cannot}; for an older driver: {OLDER_DRIVER} {other}")
     args.device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
     args.host = os.environ.get("SLURMD_NODENAME", os.uname().nodename)
     cpu_names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) or [os.uname().machine]
@@ -209,14 +209,14 @@ def read_squad(path):
     paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
     for context, question in ((p["context"], question) for p in paragraphs for question in p["qas"]):
         with explained(f"{path}: question {question.get('id')!r}", "correct it in the file"):
-            id_, given, keys = question["id"], question["answers"], ("text", "answer_start")
-            row = {"id": id_, "question": question["question"].strip(), "context": context}
-            row["answers"] = {key: [answer[key] for answer in given] for key in keys}
-            for text, start in zip(*row["answers"].values(), strict=True):
-                if start < 0 or not text.strip() or not context.startswith(text, start):
-                    raise ValueError(f"the answer {text!r} is not at its answer_start {start}")
-            if id_ is None or rows.setdefault(id_, row) is not row:
-                raise ValueError("the id is null, or occurs twice")
+            id_, text = question["id"], question["question"]
+            answers = {key: [answer[key] for answer in question["answers"]] for key in ("text", "answer_start")}
+            if id_ is None or id_ in rows or not isinstance(text, str) or not isinstance(context, str):
+                raise ValueError("it or its context is not text, or its id is null or occurs twice")
+            for answer, start in zip(*answers.values(), strict=True):
+                if start < 0 or not answer.strip() or not context.startswith(answer, start):
+                    raise ValueError(f"the answer {answer!r} is not at its answer_start {start}")
+            rows[id_] = {"id": id_, "question": text, "context": context, "answers": answers}
     if not rows:
         raise ValueError("no questions in it")
     return datasets.Dataset.from_list(list(rows.values())), hashlib.sha256(content).hexdigest()
@@ -226,8 +226,8 @@ def make_features(batch, indices, tokenizer, max_length, doc_stride):
     """Tokenize questions into features: windows [CLS] question [SEP] context [SEP] of at most max_length tokens.
 
     The label is the first and last token of the first answer, or [CLS] (token 0) twice if the window does not contain
-    it. text_starts and text_ends are the characters of the context that each context token stands for: up to the next
-    token, since the tokenizer drops characters, such as combining marks, that an answer may begin or end in.
+    it. Context token i begins at character text_starts[i], and the one before it ends at text_ends[i]: between them are
+    white space and characters that the tokenizer drops, such as combining marks. Both end with what follows the window.
     """
     questions = [question.strip() for question in batch["question"]]
     question_lengths = [len(ids) for ids in tokenizer(questions, add_special_tokens=False)["input_ids"]]
@@ -242,7 +242,7 @@ def make_features(batch, indices, tokenizer, max_length, doc_stride):
     offsets = [pairs[start:-1] for pairs, start in zip(windows["offset_mapping"], context_starts, strict=True)]
     for window, row in enumerate(rows):
         if not offsets[window]:
-            raise ScriptError(f"question {batch['id'][row]!r}: no token is left of its context")
+            raise ScriptError(f"question {batch['id'][row]!r}: no token is left of its context; remove it")
         # What the window leaves out ends at `low` and goes on at `high`; neighbors share doc_stride tokens.
         is_first, is_last = rows[window - 1 : window] != [row], rows[window + 1 : window + 2] != [row]
         low = 0 if is_first else offsets[window - 1][-doc_stride - 1][1]
@@ -259,8 +259,8 @@ def make_features(batch, indices, tokenizer, max_length, doc_stride):
         features["context_start"].append(context_starts[window])
         features["start_position"].append(context_starts[window] + first if first <= last else 0)
         features["end_position"].append(context_starts[window] + last if first <= last else 0)
-        features["text_starts"].append(starts)
-        features["text_ends"].append([*starts[1:], high])
+        features["text_starts"].append([*starts, high])
+        features["text_ends"].append([low, *ends])
     return pyarrow.table(dict(features))  # of lists, datasets would look at every number
 
 
@@ -269,6 +269,7 @@ def load_split(split, path, tokenizer, args):
     with explained(path or HUB_DATASET, "give files in SQuAD's format, or run --prepare where the hub can be reached"):
         questions, digest = read_squad(path) if path else read_hub({"dev": "validation"}.get(split, split))
     sizes = {"max_length": args.max_length, "doc_stride": args.doc_stride}
+    tokenizer.backend_tokenizer.no_truncation()  # make_features() leaves it on, and the key depends on it
     recipe = f"{digest} {sizes} {tokenizer.backend_tokenizer.to_str()} {inspect.getsource(make_features)}"
     key = hashlib.sha256(recipe.encode()).hexdigest()[:32]
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "squad-features"
@@ -280,8 +281,8 @@ def load_split(split, path, tokenizer, args):
         with filelock.FileLock(cache / f"{key}.lock"):  # one process tokenizes, the others wait and read the cache
             try:
                 features = questions.map(make_features, **options)
-            except (pyarrow.ArrowInvalid, EOFError):
-                log(f"{options['cache_file_name']}: damaged; tokenizing again")
+            except (pyarrow.ArrowInvalid, OSError) as error:
+                log(f"{options['cache_file_name']}: damaged ({error}); tokenizing again")
                 features = questions.map(make_features, **options, load_from_cache_file=False)
     impossible = sum(not answers["text"] for answers in questions["answers"][:])
     labelled = np.array(features["question_index"][:])[np.array(features["start_position"][:]) > 0]
@@ -334,8 +335,9 @@ def load_model(args):
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         if [part for part, _ in itertools.groupby(tokenizer("a", "b").sequence_ids())] != [None, 0, None, 1, None]:
             raise ValueError("its tokenizer does not make [CLS] question [SEP] context [SEP]")
-        if max(tokenizer.get_vocab().values()) >= config.vocab_size or config.type_vocab_size < 2:
-            raise ValueError("its embeddings do not have all tokens of its vocabulary, or not two token types")
+        last_id = max(tokenizer.get_vocab().values())
+        if not len(tokenizer.all_special_ids) <= last_id < config.vocab_size or config.type_vocab_size < 2:
+            raise ValueError("its vocabulary is missing or exceeds its embedding, or it has only one token type")
         if args.dropout is not None:
             config.hidden_dropout_prob = config.attention_probs_dropout_prob = args.dropout
         args.dropout = config.hidden_dropout_prob
@@ -346,21 +348,13 @@ def load_model(args):
         model, report = BertForQuestionAnswering.from_pretrained(args.model, output_loading_info=True, **options)
         new = report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}
         if lost := sorted(name for name in new if not name.startswith("qa_outputs.")):
-            wrapped = [name for name in report["unexpected_keys"] if name.startswith(("module.", "_orig_mod."))]
+            wrapped = sorted(name for name in report["unexpected_keys"] if re.search(r"\b(module|_orig_mod)\.", name))
             hint = f" ({wrapped[0]} is there: save the model that its wrapper holds)" if wrapped else ""
             raise ValueError(f"{len(lost)} weights are missing or have another shape, first {lost[0]}{hint}")
         digest = hashlib.sha256()
         for name in sorted(model.state_dict().keys() - new):
             digest.update(model.state_dict()[name].numpy())
         return tokenizer, model, digest.hexdigest()
-
-
-def make_optimizer(model, args):
-    """Return AdamW, with weight decay on matrices but not on biases and layer norms."""
-    groups = [{"params": [], "weight_decay": 0.0}, {"params": [], "weight_decay": args.weight_decay}]
-    for weight in model.parameters():
-        groups[weight.ndim >= 2]["params"].append(weight)
-    return torch.optim.AdamW(groups, lr=args.lr, fused=True)
 
 
 def forward(model, inputs, args):
@@ -425,7 +419,10 @@ def answer_questions(questions, features, indices, spans):
     windows, asked, answers = features.select_columns(columns)[indices[list(best.values())]], questions[list(best)], []
     for row, (question, window) in enumerate(best.items()):
         start, end = (spans[window, 1:3] - windows["context_start"][row]).astype(int)
-        text = asked["context"][row][windows["text_starts"][row][start] : windows["text_ends"][row][end]].rstrip()
+        context, starts, ends = asked["context"][row], windows["text_starts"][row], windows["text_ends"][row]
+        # A character that the tokenizer drops belongs to the word that it touches; if to two, to the first.
+        first = re.compile(r"(?<!\S)\S*\Z|\Z").search(context, ends[start], starts[start]).start()
+        text = context[first : re.compile(r"\S*").match(context, ends[end + 1], starts[end + 1]).end()]
         no_answer_score = float(null_scores[question] - spans[window, 0])
         scores = score_answer(text, asked["answers"][row]["text"])
         answers.append((question, asked["id"][row], text, no_answer_score, *scores))
@@ -481,17 +478,14 @@ def write(path, content):
     """Write a checkpoint (.pt) or JSON to a temporary file, then rename it: a killed job never leaves half a file."""
     partial = path.with_name(f".{path.name}.partial")
     with explained(f"{path}: cannot be written", "what was there before is unchanged", status=1):
-        try:
-            with open(partial, "wb") as file:
-                if path.suffix == ".pt":
-                    torch.save(content, file)
-                else:
-                    file.write(json.dumps(content, indent=2, allow_nan=False).encode())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)  # half a file would fill the disk
+        with open(partial, "wb") as file:
+            if path.suffix == ".pt":
+                torch.save(content, file)
+            else:
+                file.write(json.dumps(content, indent=2, allow_nan=False).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
 
 
 def check_settings(path, saved, settings):
@@ -562,7 +556,7 @@ def show_steps(writer, bar, progress, losses, scalars):
     bar.set_postfix_str(text, refresh=False)
     bar.update(len(losses))
     if bar.disable and (step == bar.total or step % max(1, bar.total // 40) < len(losses)):
-        left = (bar.total - step) * sum(progress["seconds"]["train_epochs"]) / step
+        left = (bar.total - step) * progress["seconds"]["train"] / step
         log(f"step {step}/{bar.total}  {text}  {timedelta(seconds=round(left))} left")
 
 
@@ -570,11 +564,9 @@ def make_record(args, settings, progress, quality):
     """Return the timing record, from which the scaling report is made."""
     on_gpu, peak_bytes = args.device.type == "cuda", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     measured = progress["seconds"] | {"peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak_bytes}
-    hosts, devices = [args.host], [args.device_name]
-    train = sum(measured["train_epochs"])
     git = f"git -C '{HERE}' describe --always --dirty --abbrev=40 --exclude='*'"
     commit = re.fullmatch(r"(\w{40})(-dirty)?", subprocess.getoutput(git)) or [None, None, None]
-    environment = {"device": " + ".join(sorted(set(devices))), "hosts": sorted(set(hosts))}
+    environment = {"device": args.device_name, "hosts": [args.host]}
     environment |= {"torch": torch.__version__, "cuda": torch.version.cuda, "transformers": transformers.__version__}
     environment |= {"nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else None}
     environment |= {"python": sys.version.split()[0], "slurm_job_id": os.environ.get("SLURM_JOB_ID")}
@@ -589,8 +581,8 @@ def make_record(args, settings, progress, quality):
         "workers": {"world_size": 1, "nodes": 1, "threads": args.threads},
         "settings": settings,
         "environment": environment,
-        "seconds": {"train": train} | {name: measured[name] for name in progress["seconds"]},
-        "throughput": {f"{unit}_per_s": settings[f"trained_{unit}"] / train for unit in ("features", "tokens")},
+        "seconds": {name: measured[name] for name in progress["seconds"]},
+        "throughput": {f"{x}_per_s": settings[f"trained_{x}"] / measured["train"] for x in ("features", "tokens")},
         "memory": {"peak_bytes": measured["peak_bytes"]},
         "quality": quality,
     }
@@ -604,8 +596,8 @@ def main():
     set_up_device(args)
 
     # Data and model. An epoch is a fixed sequence of batches, so that a run can resume at any step.
-    seconds = dict.fromkeys(["input", "data", "warm_up", "evaluate", "total"], 0.0)
-    seconds |= {"exchange": None, "waiting": None, "train_epochs": [0.0] * args.epochs}
+    seconds = dict.fromkeys(["train", "input", "data", "warm_up", "evaluate", "total"], 0.0)
+    seconds |= {"exchange": None, "waiting": None}
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     progress = {"step": 0, "losses": [], "seconds": seconds, "started": started, "resumed": 0}
     tokenizer, model, model_sha256 = load_model(args)
@@ -622,9 +614,12 @@ def main():
     lengths = np.array(features["length"][:])
     epochs = [epoch_batches(lengths, args.batch_size, args.seed, epoch) for epoch in range(args.epochs)]
     batches, steps_per_epoch = list(itertools.chain(*epochs))[: args.max_steps], len(epochs[0])
-    optimizer, warmup = make_optimizer(model, args), max(1, round(args.warmup * len(batches)))  # warmup: steps
-    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    settings |= train_facts | dev_facts | {"script": Path(__file__).stem, "world_size": 1, "gradients": None}
+    decay = [{"params": [], "weight_decay": 0.0}, {"params": [], "weight_decay": args.weight_decay}]
+    for weight in model.parameters():
+        decay[weight.ndim >= 2]["params"].append(weight)  # matrices, but not biases and layer norms
+    optimizer, warmup = torch.optim.AdamW(decay, args.lr, fused=True), max(1, round(args.warmup * len(batches)))
+    settings = {"script": Path(__file__).stem, "world_size": 1, "gradients": None} | train_facts | dev_facts
+    settings |= {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     settings |= {"model_sha256": model_sha256, "parameters": sum(map(torch.numel, model.parameters()))}
     settings |= {"steps": len(batches), "trained_features": sum(map(len, batches))}
     settings["trained_tokens"] = int(sum(lengths[batch].sum() for batch in batches))
@@ -663,14 +658,14 @@ def main():
         optimizer.zero_grad()
 
         # Every few steps: read the losses, show them, evaluate, save.
-        last_step, end_of_epoch = step == len(batches), step % steps_per_epoch == 0
-        evaluate_now = last_step or (step % args.evaluate_every == 0 if args.evaluate_every else end_of_epoch)
+        last_step = step == len(batches)
+        evaluate_now = last_step or step % (args.evaluate_every or steps_per_epoch) == 0
         save_now = args.checkpoint_every and step % args.checkpoint_every == 0
-        if step % LOG_EVERY[args.device.type] and not (end_of_epoch or evaluate_now or save_now):
+        if step % LOG_EVERY[args.device.type] and not (evaluate_now or save_now):
             continue
         losses, stop = torch.stack(pending).tolist(), bool(stop_requests)  # here the host waits for the device
         first, last_clock, clock, pending = step - len(losses), clock, time.perf_counter(), []
-        seconds["train_epochs"][(step - 1) // steps_per_epoch] += clock - last_clock
+        seconds["train"] += clock - last_clock
         speed = sum(map(len, batches[first:step])) / (clock - last_clock)
         progress |= {"step": step, "losses": progress["losses"] + losses}
         show_steps(writer, bar, progress, losses, {"speed/features_per_s": speed, "lr": group["lr"]})

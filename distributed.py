@@ -60,8 +60,8 @@ MAX_ANSWER_TOKENS = 30
 DEV_SCALARS = {"loss/dev": "dev_loss", "score/exact": "exact", "score/f1": "f1", "score/best_f1": "best_f1"}
 # Options that do not change what is trained: a run can be resumed, and compared, with others.
 NOT_SETTINGS = ["run_name", "output_dir", "checkpoint_every", "evaluate_every", "predictions", "prepare"]
-NOT_SETTINGS += ["device", "device_name", "host", "threads"]
-OLDER_CUDA = "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cu126 bash run_baseline.sh --prepare"
+NOT_SETTINGS += ["device", "device_name", "host", "threads", "report"]
+OLDER_DRIVER = "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cu126 bash run_baseline.sh --prepare"
 
 
 class ScriptError(Exception):
@@ -182,8 +182,8 @@ def set_up_device(args):
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         driver = re.search(r"CUDA[\w ]* Version: [\d.]+", subprocess.getoutput("nvidia-smi")) or ["not found"]
         cannot = f"torch {torch.__version__}, {built}, cannot use the GPU of this job (driver: {driver[0]})"
-        older = f"for an older driver: {OLDER_CUDA} (builds: https://pytorch.org/get-started/previous-versions)"
-        raise ScriptError(f"{cannot}; {older}; to train on the CPU: --device cpu")
+        other = "(all builds: https://pytorch.org/get-started/previous-versions); to train on the CPU: --device cpu"
+        raise ScriptError(f"{cannot}; for an older driver: {OLDER_DRIVER} {other}")
     if on_gpu and torch.cuda.device_count() <= LOCAL_RANK:
         raise ScriptError(f"more workers than the {torch.cuda.device_count()} GPUs of this node")
     args.device = torch.device("cuda", LOCAL_RANK) if on_gpu else torch.device("cpu")
@@ -206,26 +206,21 @@ def set_up_device(args):
 
 
 def agree(error="", status=2):
-    """Let one rank print an error that ends the run, and end all ranks; return if no rank has one.
+    """Print an error once, and end all ranks. Every rank comes here before the training, with an error or without.
 
-    Every rank comes here once before the training: the lowest with an error prints it. Later, the first that comes with
-    one does. torchrun's store works before the ranks have joined a group, and after that has failed.
+    torchrun's store is there before the ranks have joined a group, and after that has failed.
     """
     if not dist.is_torchelastic_launched():
         return
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=TIMEOUT)
-    if store.add(f"visits of {RANK}", 1) == 1:
-        store.set(f"error of {RANK}", error)
-        errors = [store.get(f"error of {rank}").decode() for rank in range(WORLD_SIZE)]
-        is_first, failed = error and not any(errors[:RANK]), any(errors)
-        if len(set(errors)) > 1:
-            error += f" (rank {RANK} on {os.environ.get('SLURMD_NODENAME', os.uname().nodename)})"
-    else:
-        is_first, failed = error and store.add("later errors", 1) == 1, error or store.check(["printed"])
-    if is_first:
-        print(error, file=sys.stderr, flush=True)
-        store.set("printed", "")
-    if failed:
+    if error:
+        store.wait([f"rank {rank} came" for rank in range(RANK)])  # the lowest rank that has an error prints it
+        if store.add("errors", 1) == 1:
+            where = f" (rank {RANK} on {os.environ.get('SLURMD_NODENAME', os.uname().nodename)})" if RANK else ""
+            print(error + where, file=sys.stderr, flush=True)
+            store.set("printed", "")
+    store.set(f"rank {RANK} came", "")
+    if error or store.check(["printed"]):
         store.wait(["printed"])  # torchrun ends all ranks once one has ended
         sys.exit(status)
 
@@ -290,14 +285,14 @@ def read_squad(path):
     paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
     for context, question in ((p["context"], question) for p in paragraphs for question in p["qas"]):
         with explained(f"{path}: question {question.get('id')!r}", "correct it in the file"):
-            id_, given, keys = question["id"], question["answers"], ("text", "answer_start")
-            row = {"id": id_, "question": question["question"].strip(), "context": context}
-            row["answers"] = {key: [answer[key] for answer in given] for key in keys}
-            for text, start in zip(*row["answers"].values(), strict=True):
-                if start < 0 or not text.strip() or not context.startswith(text, start):
-                    raise ValueError(f"the answer {text!r} is not at its answer_start {start}")
-            if id_ is None or rows.setdefault(id_, row) is not row:
-                raise ValueError("the id is null, or occurs twice")
+            id_, text = question["id"], question["question"]
+            answers = {key: [answer[key] for answer in question["answers"]] for key in ("text", "answer_start")}
+            if id_ is None or id_ in rows or not isinstance(text, str) or not isinstance(context, str):
+                raise ValueError("it or its context is not text, or its id is null or occurs twice")
+            for answer, start in zip(*answers.values(), strict=True):
+                if start < 0 or not answer.strip() or not context.startswith(answer, start):
+                    raise ValueError(f"the answer {answer!r} is not at its answer_start {start}")
+            rows[id_] = {"id": id_, "question": text, "context": context, "answers": answers}
     if not rows:
         raise ValueError("no questions in it")
     return datasets.Dataset.from_list(list(rows.values())), hashlib.sha256(content).hexdigest()
@@ -307,8 +302,8 @@ def make_features(batch, indices, tokenizer, max_length, doc_stride):
     """Tokenize questions into features: windows [CLS] question [SEP] context [SEP] of at most max_length tokens.
 
     The label is the first and last token of the first answer, or [CLS] (token 0) twice if the window does not contain
-    it. text_starts and text_ends are the characters of the context that each context token stands for: up to the next
-    token, since the tokenizer drops characters, such as combining marks, that an answer may begin or end in.
+    it. Context token i begins at character text_starts[i], and the one before it ends at text_ends[i]: between them are
+    white space and characters that the tokenizer drops, such as combining marks. Both end with what follows the window.
     """
     questions = [question.strip() for question in batch["question"]]
     question_lengths = [len(ids) for ids in tokenizer(questions, add_special_tokens=False)["input_ids"]]
@@ -323,7 +318,7 @@ def make_features(batch, indices, tokenizer, max_length, doc_stride):
     offsets = [pairs[start:-1] for pairs, start in zip(windows["offset_mapping"], context_starts, strict=True)]
     for window, row in enumerate(rows):
         if not offsets[window]:
-            raise ScriptError(f"question {batch['id'][row]!r}: no token is left of its context")
+            raise ScriptError(f"question {batch['id'][row]!r}: no token is left of its context; remove it")
         # What the window leaves out ends at `low` and goes on at `high`; neighbors share doc_stride tokens.
         is_first, is_last = rows[window - 1 : window] != [row], rows[window + 1 : window + 2] != [row]
         low = 0 if is_first else offsets[window - 1][-doc_stride - 1][1]
@@ -340,8 +335,8 @@ def make_features(batch, indices, tokenizer, max_length, doc_stride):
         features["context_start"].append(context_starts[window])
         features["start_position"].append(context_starts[window] + first if first <= last else 0)
         features["end_position"].append(context_starts[window] + last if first <= last else 0)
-        features["text_starts"].append(starts)
-        features["text_ends"].append([*starts[1:], high])
+        features["text_starts"].append([*starts, high])
+        features["text_ends"].append([low, *ends])
     return pyarrow.table(dict(features))  # of lists, datasets would look at every number
 
 
@@ -350,6 +345,7 @@ def load_split(split, path, tokenizer, args):
     with explained(path or HUB_DATASET, "give files in SQuAD's format, or run --prepare where the hub can be reached"):
         questions, digest = read_squad(path) if path else read_hub({"dev": "validation"}.get(split, split))
     sizes = {"max_length": args.max_length, "doc_stride": args.doc_stride}
+    tokenizer.backend_tokenizer.no_truncation()  # make_features() leaves it on, and the key depends on it
     recipe = f"{digest} {sizes} {tokenizer.backend_tokenizer.to_str()} {inspect.getsource(make_features)}"
     key = hashlib.sha256(recipe.encode()).hexdigest()[:32]
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "squad-features"
@@ -361,8 +357,8 @@ def load_split(split, path, tokenizer, args):
         with filelock.FileLock(cache / f"{key}.lock"):  # one process tokenizes, the others wait and read the cache
             try:
                 features = questions.map(make_features, **options)
-            except (pyarrow.ArrowInvalid, EOFError):
-                log(f"{options['cache_file_name']}: damaged; tokenizing again")
+            except (pyarrow.ArrowInvalid, OSError) as error:
+                log(f"{options['cache_file_name']}: damaged ({error}); tokenizing again")
                 features = questions.map(make_features, **options, load_from_cache_file=False)
     impossible = sum(not answers["text"] for answers in questions["answers"][:])
     labelled = np.array(features["question_index"][:])[np.array(features["start_position"][:]) > 0]
@@ -415,8 +411,9 @@ def load_model(args):
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         if [part for part, _ in itertools.groupby(tokenizer("a", "b").sequence_ids())] != [None, 0, None, 1, None]:
             raise ValueError("its tokenizer does not make [CLS] question [SEP] context [SEP]")
-        if max(tokenizer.get_vocab().values()) >= config.vocab_size or config.type_vocab_size < 2:
-            raise ValueError("its embeddings do not have all tokens of its vocabulary, or not two token types")
+        last_id = max(tokenizer.get_vocab().values())
+        if not len(tokenizer.all_special_ids) <= last_id < config.vocab_size or config.type_vocab_size < 2:
+            raise ValueError("its vocabulary is missing or exceeds its embedding, or it has only one token type")
         if args.dropout is not None:
             config.hidden_dropout_prob = config.attention_probs_dropout_prob = args.dropout
         args.dropout = config.hidden_dropout_prob
@@ -427,21 +424,13 @@ def load_model(args):
         model, report = BertForQuestionAnswering.from_pretrained(args.model, output_loading_info=True, **options)
         new = report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}
         if lost := sorted(name for name in new if not name.startswith("qa_outputs.")):
-            wrapped = [name for name in report["unexpected_keys"] if name.startswith(("module.", "_orig_mod."))]
+            wrapped = sorted(name for name in report["unexpected_keys"] if re.search(r"\b(module|_orig_mod)\.", name))
             hint = f" ({wrapped[0]} is there: save the model that its wrapper holds)" if wrapped else ""
             raise ValueError(f"{len(lost)} weights are missing or have another shape, first {lost[0]}{hint}")
         digest = hashlib.sha256()
         for name in sorted(model.state_dict().keys() - new):
             digest.update(model.state_dict()[name].numpy())
         return tokenizer, model, digest.hexdigest()
-
-
-def make_optimizer(model, args):
-    """Return AdamW, with weight decay on matrices but not on biases and layer norms."""
-    groups = [{"params": [], "weight_decay": 0.0}, {"params": [], "weight_decay": args.weight_decay}]
-    for weight in model.parameters():
-        groups[weight.ndim >= 2]["params"].append(weight)
-    return torch.optim.AdamW(groups, lr=args.lr, fused=True)
 
 
 def forward(model, inputs, args):
@@ -506,7 +495,10 @@ def answer_questions(questions, features, indices, spans):
     windows, asked, answers = features.select_columns(columns)[indices[list(best.values())]], questions[list(best)], []
     for row, (question, window) in enumerate(best.items()):
         start, end = (spans[window, 1:3] - windows["context_start"][row]).astype(int)
-        text = asked["context"][row][windows["text_starts"][row][start] : windows["text_ends"][row][end]].rstrip()
+        context, starts, ends = asked["context"][row], windows["text_starts"][row], windows["text_ends"][row]
+        # A character that the tokenizer drops belongs to the word that it touches; if to two, to the first.
+        first = re.compile(r"(?<!\S)\S*\Z|\Z").search(context, ends[start], starts[start]).start()
+        text = context[first : re.compile(r"\S*").match(context, ends[end + 1], starts[end + 1]).end()]
         no_answer_score = float(null_scores[question] - spans[window, 0])
         scores = score_answer(text, asked["answers"][row]["text"])
         answers.append((question, asked["id"][row], text, no_answer_score, *scores))
@@ -566,17 +558,14 @@ def write(path, content):
     """Write a checkpoint (.pt) or JSON to a temporary file, then rename it: a killed job never leaves half a file."""
     partial = path.with_name(f".{path.name}.partial")
     with explained(f"{path}: cannot be written", "what was there before is unchanged", status=1):
-        try:
-            with open(partial, "wb") as file:
-                if path.suffix == ".pt":
-                    torch.save(content, file)
-                else:
-                    file.write(json.dumps(content, indent=2, allow_nan=False).encode())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)  # half a file would fill the disk
+        with open(partial, "wb") as file:
+            if path.suffix == ".pt":
+                torch.save(content, file)
+            else:
+                file.write(json.dumps(content, indent=2, allow_nan=False).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
 
 
 def check_settings(path, saved, settings):
@@ -655,7 +644,7 @@ def show_steps(writer, bar, progress, losses, scalars):
     bar.set_postfix_str(text, refresh=False)
     bar.update(len(losses))
     if bar.disable and (step == bar.total or step % max(1, bar.total // 40) < len(losses)):
-        left = (bar.total - step) * sum(progress["seconds"]["train_epochs"]) / step
+        left = (bar.total - step) * progress["seconds"]["train"] / step
         log(f"step {step}/{bar.total}  {text}  {timedelta(seconds=round(left))} left")
 
 
@@ -663,11 +652,10 @@ def make_record(args, settings, progress, quality):
     """Return the timing record, from which the scaling report is made."""
     on_gpu, peak_bytes = args.device.type == "cuda", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     measured = progress["seconds"] | {"peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak_bytes}
-    hosts, devices, ranks = zip(*gather((args.host, args.device_name, measured)), strict=True)
-    measured = {name: np.max([rank[name] for rank in ranks], axis=0).tolist() for name in measured}  # the largest
-    train = sum(measured["train_epochs"])
     git = f"git -C '{HERE}' describe --always --dirty --abbrev=40 --exclude='*'"
     commit = re.fullmatch(r"(\w{40})(-dirty)?", subprocess.getoutput(git)) or [None, None, None]
+    hosts, devices, ranks = zip(*gather((args.host, args.device_name, measured)), strict=True)
+    measured = {name: np.max([rank[name] for rank in ranks]).item() for name in measured}
     environment = {"device": " + ".join(sorted(set(devices))), "hosts": sorted(set(hosts))}
     environment |= {"torch": torch.__version__, "cuda": torch.version.cuda, "transformers": transformers.__version__}
     environment |= {"nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else None}
@@ -683,8 +671,8 @@ def make_record(args, settings, progress, quality):
         "workers": {"world_size": WORLD_SIZE, "nodes": int(os.environ["GROUP_WORLD_SIZE"]), "threads": args.threads},
         "settings": settings,
         "environment": environment,
-        "seconds": {"train": train} | {name: measured[name] for name in progress["seconds"]},
-        "throughput": {f"{unit}_per_s": settings[f"trained_{unit}"] / train for unit in ("features", "tokens")},
+        "seconds": {name: measured[name] for name in progress["seconds"]},
+        "throughput": {f"{x}_per_s": settings[f"trained_{x}"] / measured["train"] for x in ("features", "tokens")},
         "memory": {"peak_bytes": measured["peak_bytes"]},
         "quality": quality,
     }
@@ -732,12 +720,6 @@ def read_records(directory):
     return pd.DataFrame(runs)
 
 
-def interval(times):
-    """Return the range of these times; of six or more, a 95 % confidence interval of their median (sign test)."""
-    skipped = max(0, int((len(times) - 1 - 1.96 * len(times) ** 0.5) / 2))  # at each end
-    return sorted(times)[skipped], sorted(times)[-1 - skipped]
-
-
 def compare(row, base):
     """Return how far a row is from a baseline (differences in work, MODES, seconds), and the differences."""
     differing = [f"{name} {row[name]} (baseline: {base[name]})" for name in SAME_WORK if base[name] != row[name]]
@@ -754,8 +736,8 @@ def scaling_rows(runs):
     for _, group in runs.groupby(SAME_ROW, sort=False):
         group = group[group["resumed"] == group["resumed"].min()]  # interrupted runs count if there are no others
         row = group.iloc[0].to_dict() | group[MEDIANS].median().to_dict()
-        row |= {"runs": list(group["run_name"]), "n": len(group), "interval": interval(group["train"])}
-        rows.append(row | {"commits": sorted(set(group["commit"])), "remark": "no ratio: no record of baseline.py"})
+        row |= {"runs": list(group["run_name"]), "n": len(group), "range": (group["train"].min(), group["train"].max())}
+        rows.append(row | {"commits": sorted(set(group["commit"])), "remark": "no ratio: run baseline.py, too"})
     for row in rows:
         p, mode = row["world_size"], "DDP"
         row |= {"features_per_s": row["trained_features"] / row["train"], "worker_hours": p * row["train"] / 3600}
@@ -764,10 +746,10 @@ def scaling_rows(runs):
         for _, number, _, differing, base in sorted(baselines, key=lambda compared: compared[:3])[:1]:
             row["remark"] = f"no ratio: {', '.join(differing)}" if differing else None
             if not differing:
-                mode, (low, high) = MODES[number], row["interval"]
+                mode, (low, high) = MODES[number], row["range"]
                 row |= {"base": base["runs"], "speedup": base["train"] / row["train"]}
                 row |= {"efficiency": row["speedup"] / p, "end_to_end_speedup": base["total"] / row["total"]}
-                row["speedup_range"] = base["interval"][0] / high, base["interval"][1] / low
+                row["speedup_range"] = base["range"][0] / high, base["range"][1] / low
                 row["remark"] = explain_loss(row, base, mode)
         if mode == "strong" and p > 1:
             row["serial_fraction"] = (1 / row["speedup"] - 1 / p) / (1 - 1 / p)
@@ -788,7 +770,7 @@ def explain_loss(row, base, mode):
     rest, base_rest = (of["train"] - np.nansum([of[part] for part in PARTS]) for of in (row, base))
     lost = {part: row[part] - np.nan_to_num(base[part]) / p for part in PARTS} | {"rest": rest - base_rest / p}
     cause, base_step = max(lost, key=lost.get), base_rest / base["steps"]
-    scatter = max(SCATTER, *((of["interval"][1] - of["interval"][0]) / of["train"] for of in (row, base)))
+    scatter = max(SCATTER, *((of["range"][1] - of["range"][0]) / of["train"] for of in (row, base)))
     if row["efficiency"] > 1 and row["script"] != "baseline":
         where = "inside" if row["speedup_range"][0] <= p else "outside"
         text = f"efficiency above 100 %, {where} the range of the runs; likely causes: a baseline that is not the best "
@@ -798,10 +780,10 @@ def explain_loss(row, base, mode):
     if cause == "rest" and row["nccl"] and mode == "strong" and rest / steps > (1 + 1 / p) / 2 * base_step:
         cause = "host"
     size, bf16 = (4, "--gradients bf16, or ") if row["gradients"] == "fp32" else (2, "")
-    megabytes, between_nodes = size * row["parameters"] / 1e6, row["nodes"] > 1 and row["nccl"]
-    sockets = "; NCCL_DEBUG=INFO shows whether it uses plain sockets" if between_nodes else ""
+    sockets = "; NCCL_DEBUG=INFO shows whether it uses plain sockets" if row["nodes"] > 1 and row["nccl"] else ""
     doing = {
-        "exchange": f"exchange of {megabytes:.0f} MB of gradients; try {bf16}a larger --batch-size (weak scaling){sockets}",
+        "exchange": f"exchange of {size * row['parameters'] / 1e6:.0f} MB of gradients; try {bf16}a larger --batch-size "
+        f"(weak scaling){sockets}",
         "waiting": "waiting for slower ranks; look for a slow or busy device or node",
         "input": "waiting for input; put HF_HOME on a faster disk",
         "host": f"computing that does not shrink with the workers ({base_step:.3g} s per step on one): with small "
@@ -820,8 +802,7 @@ def draw_scaling(rows, e):
     figure, series = Figure(figsize=(3.5, 5), layout="constrained"), collections.defaultdict(list)
     for row in rows:
         series[row["mode"] + f", {row['nodes']} nodes" * (row["nodes"] > 1)].append(row)
-    ticks = 2.0 ** np.arange(math.ceil(math.log2(max(row["world_size"] for row in rows))) + 1)
-    p, (top, bottom) = np.geomspace(1, ticks[-1], 100), figure.subplots(2, 1, sharex=True)
+    p, (top, bottom) = np.geomspace(1, max(row["world_size"] for row in rows), 100), figure.subplots(2, 1, sharex=True)
     curves = {"ideal": p} | ({f"Amdahl's law, e = {e:.3g}": 1 / (e + (1 - e) / p)} if e else {})
     for axis, is_top in ((top, True), (bottom, False)):
         for (label, speedup), style in zip(curves.items(), ("--", ":"), strict=False):
@@ -833,11 +814,12 @@ def draw_scaling(rows, e):
             style = {"fmt": "so^vDP*Xd<>ph"[number % 13] + "-", "color": f"{0.2 * (number % 4)}", "mfc": "white"}
             axis.errorbar(workers, speedup / scale, ranges / scale, capsize=3, linewidth=1, label=label, **style)
         axis.grid(color="0.9")
-    top.set(xscale="log", yscale="log", ylabel="speedup")
-    bottom.set(xlabel="workers", ylabel="efficiency", ylim=(0, 1.05 * max(1, *(row["efficiency"] for row in rows))))
-    for axis, values in ((top.xaxis, ticks), (top.yaxis, [0.25, 0.5, *ticks])):
-        axis.set_ticks(values, [f"{value:g}" for value in values])
-        axis.set_ticks([], minor=True)
+    bottom.set(xlabel="workers", ylabel="efficiency", ylim=(0, None))
+    top.set(ylabel="speedup")
+    top.set_xscale("log", base=2)
+    top.set_yscale("log", base=2)
+    for axis in (top.xaxis, top.yaxis):
+        axis.set_major_formatter("{x:g}")
     figure.legend(*top.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="x-small")
     return figure
 
@@ -846,12 +828,11 @@ def report(args):
     """Print the scaling table of the records in --output-dir; write speedup.json and the figure beside them."""
     directory, logs = Path(args.output_dir) / "results", Path(args.output_dir) / "logs/scaling"
     rows = scaling_rows(read_records(directory))
-    table, texts = pd.DataFrame(rows), [row["mark"] for row in rows if "mark" in row]
-    strong = [(row["world_size"], row["speedup"]) for row in rows if row["mode"] == "strong" and row["world_size"] > 1]
-    p, speedup = np.array(strong, dtype=float).reshape(-1, 2).T
-    # Amdahl's law, 1/S - 1/p = e (1 - 1/p), by least squares; not from one number of workers, nor for a slowdown.
-    e = float(np.sum((1 / speedup - 1 / p) * (1 - 1 / p)) / max(np.sum((1 - 1 / p) ** 2), 1e-9))
-    e = e if len(set(p)) > 1 and min(speedup) > 1 and 0 < e < 1 else None
+    table, texts, e = pd.DataFrame(rows), [row["mark"] for row in rows if "mark" in row], None
+    strong = [row for row in rows if row["mode"] == "strong" and row["world_size"] > 1]
+    if len({row["world_size"] for row in strong}) > 1 and min(row["speedup"] for row in strong) > 1:
+        weights = [(1 - 1 / row["world_size"]) ** 2 for row in strong]  # least squares of 1/S
+        e = max(0, np.average([row["serial_fraction"] for row in strong], weights=weights))
     texts += [f"{row['name']}: {row['remark']}" for row in rows if row["remark"]]
     texts += [f"{row['name']}: was interrupted; its seconds are those of all parts" for row in rows if row["resumed"]]
     texts += ["n = 1: one run does not show how much equal runs scatter"] if (table["n"] == 1).any() else []
@@ -886,13 +867,11 @@ def main():
         return
     if not dist.is_torchelastic_launched() and not args.prepare:
         raise ScriptError("start it with torchrun, or with: bash run_ddp.sh")
-    if args.batch_size < WORLD_SIZE:
-        raise ScriptError(f"{WORLD_SIZE} workers cannot share batches of {args.batch_size}: raise --batch-size")
     set_up_device(args)
 
     # Data and model. An epoch is a fixed sequence of batches, so that a run can resume at any step.
-    seconds = dict.fromkeys(["input", "data", "warm_up", "evaluate", "total"], 0.0)
-    seconds |= {"exchange": 0.0, "waiting": 0.0, "train_epochs": [0.0] * args.epochs}
+    seconds = dict.fromkeys(["train", "input", "data", "warm_up", "evaluate", "total"], 0.0)
+    seconds |= {"exchange": 0.0, "waiting": 0.0}
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     progress = {"step": 0, "losses": [], "seconds": seconds, "started": started, "resumed": 0}
     tokenizer, model, model_sha256 = load_model(args)
@@ -909,9 +888,12 @@ def main():
     lengths = np.array(features["length"][:])
     epochs = [epoch_batches(lengths, args.batch_size, args.seed, epoch) for epoch in range(args.epochs)]
     batches, steps_per_epoch = list(itertools.chain(*epochs))[: args.max_steps], len(epochs[0])
-    optimizer, warmup = make_optimizer(model, args), max(1, round(args.warmup * len(batches)))  # warmup: steps
-    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    settings |= train_facts | dev_facts | {"script": Path(__file__).stem, "world_size": WORLD_SIZE}
+    decay = [{"params": [], "weight_decay": 0.0}, {"params": [], "weight_decay": args.weight_decay}]
+    for weight in model.parameters():
+        decay[weight.ndim >= 2]["params"].append(weight)  # matrices, but not biases and layer norms
+    optimizer, warmup = torch.optim.AdamW(decay, args.lr, fused=True), max(1, round(args.warmup * len(batches)))
+    settings = {"script": Path(__file__).stem, "world_size": WORLD_SIZE} | train_facts | dev_facts
+    settings |= {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     settings |= {"model_sha256": model_sha256, "parameters": sum(map(torch.numel, model.parameters()))}
     settings |= {"steps": len(batches), "trained_features": sum(map(len, batches))}
     settings["trained_tokens"] = int(sum(lengths[batch].sum() for batch in batches))
@@ -946,8 +928,7 @@ def main():
         raise ScriptError(f"{run_path}: not the same on all nodes; give an --output-dir that they share")
     seconds, logs = progress["seconds"], output / "logs" / args.run_name
     writer = SummaryWriter(logs, purge_step=progress["step"] + 1) if RANK == 0 else None
-    disable = True if RANK > 0 else None
-    bar = tqdm(total=len(batches), initial=progress["step"], unit="step", smoothing=0, disable=disable)
+    bar = tqdm(total=len(batches), initial=progress["step"], unit="step", smoothing=0, disable=RANK > 0 or None)
     stop_requests = []
     signal.signal(signal.SIGTERM, lambda *_: stop_requests.append(True))
 
@@ -968,10 +949,10 @@ def main():
         optimizer.zero_grad()
 
         # Every few steps: read the losses, show them, evaluate, save.
-        last_step, end_of_epoch = step == len(batches), step % steps_per_epoch == 0
-        evaluate_now = last_step or (step % args.evaluate_every == 0 if args.evaluate_every else end_of_epoch)
+        last_step = step == len(batches)
+        evaluate_now = last_step or step % (args.evaluate_every or steps_per_epoch) == 0
         save_now = args.checkpoint_every and step % args.checkpoint_every == 0
-        if step % LOG_EVERY[args.device.type] and not (end_of_epoch or evaluate_now or save_now):
+        if step % LOG_EVERY[args.device.type] and not (evaluate_now or save_now):
             continue
         # Here the host waits for the device, and the ranks agree on whether one of them was asked to stop.
         sums = torch.stack([*pending, torch.full_like(pending[0], len(stop_requests))])
@@ -979,7 +960,7 @@ def main():
         *losses, stop = sums.tolist()
         timer.add_to(seconds)
         first, last_clock, clock, pending = step - len(losses), clock, time.perf_counter(), []
-        seconds["train_epochs"][(step - 1) // steps_per_epoch] += clock - last_clock
+        seconds["train"] += clock - last_clock
         speed = sum(map(len, batches[first:step])) / (clock - last_clock)
         progress |= {"step": step, "losses": progress["losses"] + losses}
         show_steps(writer, bar, progress, losses, {"speed/features_per_s": speed, "lr": group["lr"]})
