@@ -1,124 +1,100 @@
 #!/usr/bin/env bash
 # Train data-parallel on all GPUs of the job, or of this machine; the arguments are distributed.py's.
 #
-#   sbatch run_ddp.sh                                          2 nodes with 2 A100s each
-#   sbatch --nodes=1 --gres=gpu:a100:4 run_ddp.sh --epochs 1   other numbers, no edit; so do other types of GPU
-#   bash run_ddp.sh --sample                                   on this machine: its GPUs, or two CPU workers
-#   bash run_ddp.sh --report                                   the scaling table again, from the records at hand
+#   sbatch run_ddp.sh                                     2 nodes with 2 GPUs each
+#   sbatch --nodes=1 --gres=gpu:4 run_ddp.sh --epochs 1   any other size; sbatch's own options come first
+#   bash run_ddp.sh --sample                              on this machine, or on the nodes of salloc
 #
-#SBATCH --job-name=distributed
-#SBATCH --nodes=2
-# One task per node: torchrun, which starts the node's workers itself.
-#SBATCH --ntasks-per-node=1
-#SBATCH --gres=gpu:a100:2
-#SBATCH --cpus-per-task=32
-#SBATCH --mem=64G
-#SBATCH --time=02:00:00
-#SBATCH --output=%x-%j.out
-#SBATCH --open-mode=append
-# Two minutes before the time is over this shell is told: the run writes a checkpoint and the job is queued again.
-#SBATCH --signal=B:USR1@120
-#SBATCH --requeue
+# MASTER_ADDR and MASTER_PORT say where the workers meet, if not at the first node's name; NCCL_SOCKET_IFNAME and
+# GLOO_SOCKET_IFNAME choose the network. For set-up, PYTHON and TRAIN_PYTHON see run_baseline.sh.
 #
-# Your site may want these; take one # away:
-##SBATCH --partition=gpu
-##SBATCH --account=project
+#SBATCH --job-name=distributed --output=%x-%j.out --open-mode=append
+#SBATCH --nodes=2 --ntasks-per-node=1 --gres=gpu:2 --cpus-per-task=16 --time=02:00:00
+# Two minutes before the end Slurm asks the training to stop: it writes a checkpoint, and the job is queued again.
+#SBATCH --signal=TERM@120 --requeue
+# What your site may want; take one # away:
+##SBATCH --gres=gpu:a100:2 --mem=64G
+##SBATCH --partition=gpu --account=project
 set -euo pipefail
-
-# Your site's Python 3.10 or newer, if the login shell's is older:
-# module load python
-# Where NCCL or gloo picks the wrong network of several:
-# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
-
-# sbatch runs a copy of this file from Slurm's spool. Slurm knows the original, as it was named to sbatch, and shows it
-# followed by the arguments; of an array it shows all jobs, and one will do.
-root=$(cd "$(dirname "$0")" && pwd)
-if [[ ! -e $root/distributed.py && -n ${SLURM_JOB_ID:-} ]]; then
-    command=$(scontrol show job "$SLURM_JOB_ID" | sed -n '0,/^ *Command=/s/^ *Command=//p')
-    root=$(cd "$SLURM_SUBMIT_DIR" && cd "$(dirname "${command%" $*"}")" && pwd)
+launcher=run_ddp.sh script=distributed nodes=${SLURM_JOB_NUM_NODES:-1} stopped="1|143" # mostly 1, torchrun's own
+# The same to the letter in both launchers: the project, its Python, the job. ------------------------------------------
+fail() { echo "$launcher: error: $*" >&2 && exit "${status:-2}"; }
+# sbatch runs a copy of this file; Slurm knows the path of the original, and shows it followed by the arguments.
+root=$(dirname "$(readlink --canonicalize "$0")")
+if [[ -n ${SLURM_JOB_ID:-} && ! -e $root/$launcher ]]; then
+    original=$(scontrol show job "$SLURM_JOB_ID" | sed -n '0,/^ *Command=/s/^ *Command=//p')
+    root=$(cd "$SLURM_SUBMIT_DIR" && dirname "$(readlink --canonicalize "${original%" $*"}")")
 fi
-
-# Nothing to train: one process is enough.
-for argument; do
-    case $argument in
-        --report | --help | -h)
-            exec bash "$root/run_baseline.sh" -- "$root/.venv/bin/python" "$root/distributed.py" "$@"
-            ;;
-        --prepare) exec bash "$root/run_baseline.sh" "$@" ;;
-    esac
-done
-
-# Sets up .venv, refuses bad arguments and bad input before any worker starts, and tokenises in one process: no
-# worker waits in a collective for another that still tokenises.
-bash "$root/run_baseline.sh" --prepare "$@"
-torchrun=$root/.venv/bin/torchrun # wants -- before the script: it would take --run for an option of its own
-
+[[ -e $root/$launcher && -e $root/$script.py ]] || fail "$root is not the project: submit $launcher from its directory"
+python=${TRAIN_PYTHON:-$root/.venv/bin/python} base=${PYTHON:-python3}
+mark=$root/.venv/installed-requirements.txt # written last: what is installed, and the index that was chosen
+wanted=$(cat "$root/requirements.txt" "$root/sample/requirements.txt" && echo "# index: ")
+index=${PIP_INDEX_URL:-}${PIP_EXTRA_INDEX_URL:-} # where none is chosen, any will do: jobs must not undo a choice
+is_complete() { [[ -x $python && $(cat "$mark" 2> /dev/null) == "$wanted"${index:-*} ]]; }
+if [[ -n ${TRAIN_PYTHON:-} ]]; then
+    check='import sys, importlib.metadata as of; [of.version(line.split("=")[0]) for line in open(sys.argv[1])]'
+    lacks=$("$python" -c "$check" "$root/requirements.txt" 2>&1) || fail "TRAIN_PYTHON=$python: ${lacks##*$'\n'}"
+elif ! is_complete; then
+    ((${SLURM_JOB_NUM_NODES:-1} == 1)) || fail "no complete .venv: first run bash $launcher --prepare on a login node"
+    "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "$base is older than Python 3.10: set PYTHON"
+    # Of several starts at once, one installs and the others wait. --clear: pip would keep a torch of another index.
+    (flock 9 && { is_complete || { "$base" -m venv --clear "$root/.venv" &&
+        "$python" -m pip install -r "$root/requirements.txt" &&
+        "$python" -m pip install --no-deps --require-hashes -r "$root/sample/requirements.txt" &&
+        echo "$wanted$index" > "$mark"; }; }) 9>> "$root/baseline.py" ||
+        fail ".venv could not be set up: run bash $launcher --prepare where a package index can be reached"
+fi
+if [[ -n ${SLURM_JOB_ID:-} ]]; then
+    echo "job $SLURM_JOB_ID started $(date --utc +%FT%TZ) on $SLURM_JOB_NODELIST"
+    asked=${SLURM_GPUS_PER_NODE:-0}
+    ((${SLURM_GPUS_ON_NODE:-99} >= ${asked##*:})) || fail "instead of --gpus-per-node=$asked, use --gres=gpu:$asked"
+    # A step gets one task on each node, with all CPUs that the job has there; srun would read the old values.
+    unset SLURM_EXPORT_ENV SLURM_NTASKS SLURM_NPROCS SLURM_CPUS_PER_TASK SLURM_CPUS_PER_GPU SLURM_TRES_PER_TASK
+    cpus=$(tr , '\n' <<< "$SLURM_JOB_CPUS_PER_NODE" | sort --numeric-sort | sed 's/(.*//; q')
+    step=(srun --quiet --quit-on-interrupt --kill-on-bad-exit=1 --nodes="$nodes" --ntasks-per-node=1 -c "$cpus")
+    # In the shell of srun --pty, a new step would wait for that shell to end. Other shells have high numbers or none.
+    ((${SLURM_STEP_ID:-4294967290} >= 4294967290)) || step+=(--overlap)
+    # Compute nodes seldom reach the internet, and sbatch --export=NONE leaves PATH unexported.
+    export PATH HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} OMP_NUM_THREADS=$cpus
+fi
+# The launcher's own: what to run. -------------------------------------------------------------------------------------
+# One process checks the input and tokenizes before any worker starts, or does all where nothing is trained.
+[[ ! " $* " =~ " "(--prepare|--report|--help|-h)" " ]] || exec "$python" "$root/distributed.py" "$@"
+"$python" "$root/distributed.py" --prepare "$@" || exit
 if [[ -z ${SLURM_JOB_ID:-} ]]; then
-    # This machine's GPUs, or those of them that CUDA_VISIBLE_DEVICES leaves.
-    all=$(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null | paste --serial --delimiters=,) || all=
-    visible=${CUDA_VISIBLE_DEVICES-$all}
-    IFS=, read -ra gpus <<< "${visible#-1}" # -1 means none
-    workers=${#gpus[@]}
-    ((workers > 0)) || workers=2                           # on CPUs
-    threads=$(($(env -u OMP_NUM_THREADS nproc) / workers)) # nproc would take that variable's word
-    export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
-    exec "$torchrun" --standalone --nproc-per-node="$workers" -- "$root/distributed.py" "$@"
+    workers=$("$python" -c 'import torch; print(torch.cuda.device_count() or 2)')
+    cpus=$(env -u OMP_NUM_THREADS nproc) # would take that variable's word
+    export OMP_NUM_THREADS=$((cpus > workers ? cpus / workers : 1))
+    exec "$python" -m torch.distributed.run --standalone --nproc-per-node="$workers" "$root/distributed.py" "$@"
 fi
-
-export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} # as in run_baseline.sh
-# torchrun and its C++ part warn, with a stack trace, when a node leaves a moment after the first one, at the end of a
-# job that went well. Errors are still shown.
-export LOGLEVEL=${LOGLEVEL:-ERROR} TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
-
-# The workers meet on the first node, by the name that Slurm gives it. The port comes from the job's number, so that
-# two jobs on a node do not meet, and lies below those that the system hands out by itself.
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head --lines=1)
-port=$((10000 + SLURM_JOB_ID % 20000))
-
-# srun does not take --cpus-per-task from sbatch since Slurm 22.05: without it, a node's threads would share one CPU.
-cpus=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}
-step=(srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --cpus-per-task="$cpus")
-
-# A rehearsal: torchrun looks for ever for a name that does not resolve, and says little where a port is closed.
-lost=$("${step[@]}" "$root/.venv/bin/python" -I -c '
-import os, socket, sys, time
-
-head, port, is_head = sys.argv[1], int(sys.argv[2]), os.environ["SLURM_NODEID"] == "0"
-ipv6 = dict(family=socket.AF_INET6, dualstack_ipv6=True) if socket.has_dualstack_ipv6() else {}
-deadline = time.monotonic() + 60
-try:
-    server = socket.create_server(("", port), **ipv6) if is_head else None
-    while True:
-        try:
-            socket.create_connection((head, port), timeout=30).close()
-            break
-        except ConnectionRefusedError:  # not there yet
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.2)
-except OSError as error:
-    print(os.environ["SLURMD_NODENAME"], error, sep=": ")
-    sys.exit()
-for _ in range(int(os.environ["SLURM_NNODES"]) if is_head else 0):
-    server.settimeout(max(0.1, deadline - time.monotonic()))
-    try:
-        server.accept()
-    except TimeoutError:  # the one that did not come says why
-        break
-' "$head" "$port")
-if [[ -n $lost ]]; then
-    echo "run_ddp.sh: error: the nodes cannot meet at $head:$port: ${lost//$'\n'/; }" >&2
-    exit 1
-fi
-
-# On each node: a worker for each GPU that Slurm allots, or two on its CPUs; the CPUs divided among them. is_host: the
-# first node holds the meeting, and no other does, whatever torchrun thinks of their names; so nobody trains alone.
-# When a worker dies, torchrun ends those of its node, and srun ends the other nodes'. Asked to stop, workers have 30 s.
-# shellcheck disable=SC2016 # a node's own variables
-exec bash "$root/run_baseline.sh" -- "${step[@]}" --kill-on-bad-exit=1 bash -c '
+# By default torchrun kills the workers 30 s after SIGTERM, and shows a stack trace where a node leaves after the first.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110 LOGLEVEL=CRITICAL TORCH_CPP_LOG_LEVEL=ERROR
+export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head --lines=1)}
+export MASTER_PORT=${MASTER_PORT:-$((10000 + SLURM_JOB_ID % 20000))} # below those that the system hands out by itself
+# shellcheck disable=SC2016 # On each node: a worker for each of its GPUs, or two on its CPUs.
+command=(bash -c '
+    fail() { echo "run_ddp.sh: error: $SLURMD_NODENAME: $*" >&2 && exit 2; }
+    getent hosts "$MASTER_ADDR" > /dev/null || fail "$MASTER_ADDR does not resolve: set MASTER_ADDR"
+    ((SLURM_NODEID)) || ! (: <> /dev/tcp/localhost/$MASTER_PORT) 2> /dev/null || fail "port in use: set MASTER_PORT"
     workers=${SLURM_GPUS_ON_NODE:-2}
-    export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK > workers ? SLURM_CPUS_PER_TASK / workers : 1))
-    exec "$0" --nproc-per-node="$workers" --local-addr="$SLURMD_NODENAME" \
-        --rdzv-conf="is_host=$((SLURM_NODEID == 0)),join_timeout=300" "$@"' \
-    "$torchrun" --nnodes="$SLURM_NNODES" --rdzv-backend=c10d --rdzv-endpoint="$head:$port" \
-    --rdzv-id="$SLURM_JOB_ID" -- "$root/distributed.py" "$@"
+    export OMP_NUM_THREADS=$((OMP_NUM_THREADS > workers ? OMP_NUM_THREADS / workers : 1))
+    exec "$0" -m torch.distributed.run --nnodes="$SLURM_NNODES" --node-rank="$SLURM_NODEID" --rdzv-conf=timeout=300 \
+        --nproc-per-node="$workers" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" "$@"' \
+    "$python" "$root/distributed.py" "$@")
+# The same in both again: run it, and after Slurm's warning queue the job again. ---------------------------------------
+[[ -n ${SLURM_JOB_ID:-} ]] || exec "${command[@]}" # signals and the exit status are its own
+"${step[@]}" "${command[@]}" && exit
+status=$?
+# Slurm warns up to a minute early. With more time left, or another status, the run has failed.
+end=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n "s/^JobId=$SLURM_JOB_ID .* EndTime=\(\S*\) .*/\1/p")
+[[ $status =~ ^($stopped)$ ]] && (($(date --date="$end" +%s) - $(date +%s) < 180)) || exit "$status"
+value_of() { printf '%s\n' "${@:2}" | sed -n "s/^$1=//p; /^$1\$/{n;p}" | tail --lines=1; }
+run=$(value_of --run-name "--run-name=$script-$SLURM_JOB_ID" "$@")
+restarts=$(value_of --output-dir --output-dir=. "$@")/checkpoints/$run/restarts # a line for each since last.pt
+mkdir --parents "${restarts%/*}"
+[[ ! ${restarts%/*}/last.pt -nt $restarts ]] || : > "$restarts"
+echo "$SLURM_JOB_ID" >> "$restarts"
+(($(wc --lines < "$restarts") <= 3)) || fail "three restarts without a later checkpoint: give the job more --time"
+scontrol requeue "$SLURM_JOB_ID" 2> /dev/null ||
+    fail "this job cannot be queued again; go on with: sbatch$(printf ' %q' "$root/$launcher" "$@" --run-name "$run")"
+exit "$status"

@@ -52,8 +52,10 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 # Without it, the first job waits for seconds.
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1
-KillWait=5
+KillWait=30
 SlurmdTimeout=10
+# Slurm warns as ever, but leaves a slow machine more time than the tests' short limits.
+OverTimeLimit=10
 # Ended jobs are remembered as long as the cluster runs.
 MinJobAge=86400
 NodeName={nodes} NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]}-{ports[2]}] CPUs=64 Sockets=2 \
@@ -100,11 +102,16 @@ def wait_until(condition, seconds, what):
         time.sleep(0.2)
 
 
-def processes(name, value):
-    """Return {process id: environment} of the running processes that have this variable in their environment."""
+def processes(name, value, command=None):
+    """Return {process id: environment} of the running processes with this variable, and a command line like `command`.
+
+    `command` is a compiled regular expression for the beginning; a zero byte follows each argument.
+    """
     found = {}
     for directory in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it ended meanwhile
+            if command and not command.match((directory / "cmdline").read_text(errors="replace")):
+                continue
             items = (directory / "environ").read_bytes().split(b"\0")
             environment = dict(item.decode(errors="replace").partition("=")[::2] for item in items)
             if environment.get(name) == value:
