@@ -20,6 +20,7 @@ set -euo pipefail
 launcher=run_baseline.sh script=baseline nodes=1 stopped=143
 # The same to the letter in both launchers: the project, its Python, the job. ------------------------------------------
 fail() { echo "$launcher: error: $*" >&2 && exit "${status:-2}"; }
+[[ $OSTYPE == linux* ]] || fail "this needs Linux"
 # sbatch runs a copy of this file; Slurm knows the path of the original, and shows it followed by the arguments.
 root=$(dirname "$(readlink --canonicalize "$0")")
 if [[ -n ${SLURM_JOB_ID:-} && ! -e $root/$launcher ]]; then

@@ -7,7 +7,6 @@
 #
 # MASTER_ADDR and MASTER_PORT say where the workers meet, if not at the first node's name; NCCL_SOCKET_IFNAME and
 # GLOO_SOCKET_IFNAME choose the network. For set-up, PYTHON and TRAIN_PYTHON see run_baseline.sh.
-#
 #SBATCH --job-name=distributed --output=%x-%j.out --open-mode=append
 #SBATCH --nodes=2 --ntasks-per-node=1 --gres=gpu:2 --cpus-per-task=16 --time=02:00:00
 # Two minutes before the end Slurm asks the training to stop: it writes a checkpoint, and the job is queued again.
@@ -19,6 +18,7 @@ set -euo pipefail
 launcher=run_ddp.sh script=distributed nodes=${SLURM_JOB_NUM_NODES:-1} stopped="1|143" # mostly 1, torchrun's own
 # The same to the letter in both launchers: the project, its Python, the job. ------------------------------------------
 fail() { echo "$launcher: error: $*" >&2 && exit "${status:-2}"; }
+[[ $OSTYPE == linux* ]] || fail "this needs Linux"
 # sbatch runs a copy of this file; Slurm knows the path of the original, and shows it followed by the arguments.
 root=$(dirname "$(readlink --canonicalize "$0")")
 if [[ -n ${SLURM_JOB_ID:-} && ! -e $root/$launcher ]]; then
