@@ -286,11 +286,10 @@ def load_split(split, path, tokenizer, args):
                 features = questions.map(make_features, **options, load_from_cache_file=False)
     impossible = sum(not answers["text"] for answers in questions["answers"][:])
     labelled = np.array(features["question_index"][:])[np.array(features["start_position"][:]) > 0]
-    counts = {"questions": len(questions), "impossible": impossible, "features": len(features)}
-    counts["lost_answers"] = len(questions) - impossible - len(np.unique(labelled))  # in no window
-    log(f"{path or HUB_DATASET}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
-    facts = {f"{split}_{name}": count for name, count in counts.items()}
-    return questions, features, facts | {f"{split}_sha256": digest}
+    facts = {"questions": len(questions), "impossible": impossible, "features": len(features)}
+    facts["lost_answers"] = len(questions) - impossible - len(np.unique(labelled))  # in no window
+    log(f"{path or HUB_DATASET}: " + ", ".join(f"{fact:,} {name.replace('_', ' ')}" for name, fact in facts.items()))
+    return questions, features, {f"{split}_{name}": fact for name, fact in (facts | {"sha256": digest}).items()}
 
 
 def epoch_batches(lengths, batch_size, seed, epoch):
@@ -676,7 +675,11 @@ def main():
                 quality, answers = evaluate(model, *dev, args)
             for tag, name in DEV_SCALARS.items():
                 writer.add_scalar(tag, quality[name], step)
-            log("dev set after step {}: loss {dev_loss:.3f}  EM {exact:.1f}  F1 {f1:.1f}".format(step, **quality))
+            log("dev set after step {}: loss {dev_loss:.3f}, EM {exact:.1f}, F1 {f1:.1f}".format(step, **quality))
+            log(f"best spans of the answerable questions alone: F1 {quality['best_span_f1'] or 0:.1f}")
+            unanswered = 100 * dev_facts["dev_impossible"] / dev_facts["dev_questions"]
+            if quality["best_f1"] < unanswered + 3:
+                log(f"it has not learned when to answer yet: leaving all questions unanswered scores {unanswered:.1f}")
             clock = time.perf_counter()
         if (stop or save_now) and not last_step:
             save_checkpoint(run_path / "last.pt", settings, progress, model, optimizer)
