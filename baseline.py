@@ -476,15 +476,17 @@ def evaluate(model, questions, features, args):
 def write(path, content):
     """Write a checkpoint (.pt) or JSON to a temporary file, then rename it: a killed job never leaves half a file."""
     partial = path.with_name(f".{path.name}.partial")
-    with explained(f"{path}: cannot be written", "what was there before is unchanged", status=1):
-        with open(partial, "wb") as file:
+    with explained(f"{path}: cannot be written", "is there space? what was there before is unchanged", status=1):
+        try:
             if path.suffix == ".pt":
-                torch.save(content, file)
+                torch.save(content, partial)  # not to an open file: an interrupt while it writes would be lost
             else:
-                file.write(json.dumps(content, indent=2, allow_nan=False).encode())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+                partial.write_text(json.dumps(content, indent=2, allow_nan=False))
+            with open(partial) as file:
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)  # half a file would fill the disk
 
 
 def check_settings(path, saved, settings):
