@@ -28,7 +28,7 @@ def test_the_encoder_learns(squad_folder, tmp_path):
     command = [*files, "--batch-size", "24", "--micro-batch-size", "6", "--epochs", "1"]
     quality = {}
     for run, more in (("untrained", ["--lr", "0", "--max-steps", "1"]), ("trained", ["--lr", "2e-4"])):
-        process = run_script("baseline.py", [*command, *more, "--run", run], tmp_path)
+        process = run_script("baseline.py", [*command, *more, "--run-name", run], tmp_path)
         assert process.returncode == 0, process.stderr
         quality[run] = json.loads((tmp_path / f"results/{run}.json").read_text())["quality"]
     print(quality)

@@ -1,9 +1,12 @@
-"""Real torchrun and gloo: any number of workers does the mathematics of the baseline."""
+"""Real ranks over gloo: any number of workers does the mathematics of the baseline, and what a run leaves behind."""
 
+import collections
 import json
 import math
+import re
+import string
+import sys
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -11,15 +14,45 @@ from safetensors.torch import load_file
 
 import baseline
 from conftest import ENCODER, ROOT, TINY, cut_sample, read_scalars, run_script, write_model
+from ranks import Run, run_ranks
+
+WORLDS = [("baseline.py", None), ("distributed.py", 2)]
+STEPS = 8
 
 
 @pytest.fixture(scope="module")
-def arguments(tmp_path_factory):
-    """Small real work: several windows for a context, a batch no world size divides, and a last one of one feature."""
+def files(tmp_path_factory):
+    """Small real work: a model of two narrow layers, and questions whose contexts fill several windows."""
     directory = tmp_path_factory.mktemp("data")
-    files = cut_sample("train", 24, directory / "train.json"), cut_sample("dev", 20, directory / "dev.json")
-    arguments = ["--model", ENCODER, "--train-file", files[0], "--dev-file", files[1], "--threads", 1, "--dropout", 0]
-    return [*arguments, "--batch-size", 17, "--max-length", 128, "--doc-stride", 32, "--lr", 5e-4, "--epochs", 1]
+    cut_sample("train", 28, directory / "train.json")
+    cut_sample("dev", 20, directory / "dev.json")
+    write_model(directory / "model", **TINY)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def data(files):
+    """Short windows, in batches of 29, which no world size divides; the last of an epoch has one feature."""
+    data = ["--train-file", files / "train.json", "--dev-file", files / "dev.json", "--threads", 1, "--dropout", 0]
+    return [*data, "--batch-size", 29, "--max-length", 64, "--doc-stride", 16, "--run-name", "r"]
+
+
+@pytest.fixture(scope="module")
+def arguments(files, data):
+    return [*data, "--model", files / "model", "--random-init", "--lr", 5e-4]
+
+
+def left_behind(directory):
+    """Return what a finished run left in its directory."""
+    return {
+        "directory": directory,
+        "record": json.loads((directory / "results/r.json").read_text()),
+        "scalars": read_scalars(directory / "logs/r"),
+        "weights": load_file(directory / "checkpoints/r/model/model.safetensors"),
+        "answers": json.loads((directory / "answers.json").read_text()),
+        "no_answer_scores": json.loads((directory / "answers-na.json").read_text()),
+        "spans": json.loads((directory / "answers-spans.json").read_text()),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -31,211 +64,560 @@ def train(arguments, tmp_path_factory):
         key = script, world_size, *more
         if key not in runs:
             directory = tmp_path_factory.mktemp("run")
-            extra = ["--run", "r", "--predictions", "answers.json", *more]
-            process = run_script(script, [*arguments, *extra], directory, world_size)
-            assert process.returncode == 0, process.stderr
-            runs[key] = {
-                "output": process.stdout,
-                "record": json.loads((directory / "results/r.json").read_text()),
-                "scalars": read_scalars(directory / "logs/r"),
-                "weights": load_file(directory / "checkpoints/r/model/model.safetensors"),
-                "answers": json.loads((directory / "answers.json").read_text()),
-                "no_answer_scores": json.loads((directory / "answers-na.json").read_text()),
-                "directory": directory,
-            }
+            run_ranks(script, [*arguments, "--predictions", "answers.json", *more], directory, world_size)
+            runs[key] = left_behind(directory)
         return runs[key]
 
     return train
 
 
-# The softmax does not see a constant added to all logits or to all of a query's scores: the gradient of these is zero
-# but for rounding, which AdamW scales up to full steps.
-WITHOUT_GRADIENT = {"qa_outputs.bias", "bert.encoder.layer.5.output.LayerNorm.bias"}
-WITHOUT_GRADIENT |= {f"bert.encoder.layer.{layer}.attention.self.key.bias" for layer in range(6)}
+def change(directory, *changes, before=""):
+    """Write distributed.py with (right, wrong) pieces exchanged, and with some lines before all others."""
+    source = (ROOT / "distributed.py").read_text()
+    for right, wrong in changes:
+        assert source.count(right) == 1, right
+        source = source.replace(right, wrong)
+    (directory / "distributed.py").write_text(before + source)
+    return directory / "distributed.py"
 
 
 def relative_difference(values, reference):
     return max(abs(value - wanted) / abs(wanted) for value, wanted in zip(values, reference, strict=True))
 
 
-def check_same(run, base):
-    assert list(run["scalars"]["train/loss"]) == list(base["scalars"]["train/loss"])
-    losses = (list(run["scalars"]["train/loss"].values()), list(base["scalars"]["train/loss"].values()))
+def without_gradient(layers):
+    """Name the weights whose gradient is zero but for rounding, which AdamW scales up to full steps.
+
+    The softmax does not see a constant added to all logits or to all of a query's scores.
+    """
+    names = {f"bert.encoder.layer.{layer}.attention.self.key.bias" for layer in range(layers)}
+    return names | {"qa_outputs.bias", f"bert.encoder.layer.{layers - 1}.output.LayerNorm.bias"}
+
+
+def check_same(run, base, layers=2):
+    assert list(run["scalars"]["loss/train"]) == list(base["scalars"]["loss/train"])
+    losses = (list(run["scalars"]["loss/train"].values()), list(base["scalars"]["loss/train"].values()))
     assert relative_difference(*losses) < 1e-4
     for name, weights in base["weights"].items():
-        assert name in WITHOUT_GRADIENT or (run["weights"][name] - weights).abs().max() < 1e-4, name
+        assert name in without_gradient(layers) or (run["weights"][name] - weights).abs().max() < 1e-4, name
     quality, wanted = run["record"]["quality"], base["record"]["quality"]
     assert quality["dev_loss"] == pytest.approx(wanted["dev_loss"], rel=1e-4)
     assert {name: quality[name] for name in ("exact", "f1")} == {name: wanted[name] for name in ("exact", "f1")}
     assert list(run["answers"]) == list(base["answers"])  # the union over the ranks: each question once, in order
-    assert run["answers"] == base["answers"]
+    assert run["answers"] == base["answers"] and run["spans"] == base["spans"]
     assert quality["best_span_f1"] == pytest.approx(wanted["best_span_f1"])
     assert run["no_answer_scores"] == pytest.approx(base["no_answer_scores"], rel=1e-3, abs=1e-3)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+# the mathematics ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 def test_every_world_does_the_mathematics_of_the_baseline(train, world_size):
     base, run = train("baseline.py"), train("distributed.py", world_size)
-    work = base["record"]["work"]
-    assert work["features"] % work["global_batch_size"] == 1  # one rank alone has a share of the last batch
-    assert work["features"] > work["questions"] and work["steps"] == 4
+    settings = base["record"]["settings"]
+    assert settings["train_features"] % settings["batch_size"] == 1  # one rank alone has a share of the last batch
+    assert settings["train_features"] > settings["train_questions"] and settings["steps"] == STEPS
     check_same(run, base)
-    # 1e-4 is little beside how far the weights went.
-    start = load_file(f"{ENCODER}/model.safetensors")["encoder.layer.0.output.dense.weight"]
-    assert (base["weights"]["bert.encoder.layer.0.output.dense.weight"] - start).abs().median() > 5e-4
     assert run["record"]["workers"] == {"world_size": world_size, "nodes": 1, "threads": 1}
-    assert sum(line.startswith("rank ") for line in run["output"].splitlines()) == world_size
+    assert run["record"]["settings"]["world_size"] == world_size
 
 
-def test_micro_batches_add_up(train):
-    check_same(train("distributed.py", 2, "--micro-batch-size", "2"), train("baseline.py"))
+def test_the_weights_went_far(train):
+    """Beside how far they went, the 1e-4 by which weights may differ is little."""
+    first = train("baseline.py", None, "--max-steps", "1")["weights"]
+    for name, weights in train("baseline.py")["weights"].items():
+        if weights.ndim == 2 and "embeddings" not in name:
+            assert (weights - first[name]).abs().median() > 5e-4, name
+
+
+@pytest.mark.parametrize("world_size", [2, 5])
+def test_micro_batches_add_up(train, world_size):
+    check_same(train("distributed.py", world_size, "--micro-batch-size", "2"), train("baseline.py"))
     check_same(train("baseline.py", None, "--micro-batch-size", "3"), train("baseline.py"))
 
 
-@pytest.mark.parametrize(
-    ("right", "wrong"),
-    [
-        # The mean of local means, as DDP gives by itself.
-        ('weight = dist.get_world_size() / batch_size if batch_size > RANK else 0.0',
-         'weight = 1 / sum(len(inputs["input_ids"]) for inputs in passes)'),
-        # Examples repeated until the ranks have equally many, as DistributedSampler does.
-        ('return batch[RANK :: dist.get_world_size()] if len(batch) > RANK else batch[:1]',
-         'return np.resize(batch, -(-len(batch) // dist.get_world_size()) * dist.get_world_size())'
-         '[RANK :: dist.get_world_size()]'),
-    ],
-    ids=["local means", "repeated examples"],
-)  # fmt: skip
-def test_the_common_mistakes_do_not_pass(train, arguments, tmp_path, right, wrong):
-    source = (ROOT / "distributed.py").read_text()
-    assert source.count(right) == 1
-    (tmp_path / "distributed.py").write_text(source.replace(right, wrong))
-    process = run_script(tmp_path / "distributed.py", [*arguments, "--run", "r"], tmp_path, 2)
-    assert process.returncode == 0, process.stderr
-    losses = list(read_scalars(tmp_path / "logs/r")["train/loss"].values())
-    assert relative_difference(losses, train("baseline.py")["scalars"]["train/loss"].values()) > 1e-4
+WEIGHT = "weight = WORLD_SIZE / batch_size if batch_size > RANK else 0.0"
+SHARE = "return batch[RANK::WORLD_SIZE] if len(batch) > RANK else batch[:1]"
+MISTAKES = {
+    # As DDP does by itself.
+    "local means": (WEIGHT, 'weight = 1 / sum(len(inputs["input_ids"]) for inputs in micro_batches)'),
+    # As DistributedSampler does, until the ranks have equally many.
+    "repeated examples": (
+        SHARE, "return np.resize(batch, -(-len(batch) // WORLD_SIZE) * WORLD_SIZE)[RANK::WORLD_SIZE]"),
+    "a surplus feature that counts": (WEIGHT, "weight = WORLD_SIZE / batch_size"),
+    "the loss of one rank": ("dist.all_reduce(sums)\n", "sums *= WORLD_SIZE\n"),
+    "one micro-batch exchanged": ("inputs is micro_batches[-1]", "inputs is micro_batches[0]"),
+}  # fmt: skip
 
 
-def test_what_a_run_leaves_behind(train):
-    run = train("distributed.py", 2)
-    record, scalars = run["record"], run["scalars"]
-    assert set(scalars) >= {
-        "train/loss",
-        "train/lr",
-        "train/features_per_s",
-        "epoch/dev_loss",
-        "epoch/exact",
-        "epoch/f1",
-    }
-    steps = record["work"]["steps"]
-    assert list(scalars["train/loss"]) == list(range(1, steps + 1))
-    assert list(scalars["train/lr"].values()) == pytest.approx([5e-4 * rate for rate in (1, 3 / 4, 2 / 4, 1 / 4)])
-    assert scalars["epoch/f1"] == {steps: pytest.approx(record["quality"]["f1"])}
-    assert set(run["no_answer_scores"]) == set(run["answers"])
-    answered = {id_ for id_, score in run["no_answer_scores"].items() if score <= 0}
-    assert answered == {id_ for id_, text in run["answers"].items() if text}
-    seconds = record["seconds"]
-    assert seconds["train"] == sum(seconds["train_epochs"])
-    parts = ("setup", "warm_up", "data", "train", "evaluate", "measure")
-    assert 0 < sum(seconds[part] for part in parts) <= seconds["total"]
-    assert record["throughput"]["features_per_s"] == record["work"]["features"] / seconds["train"]
-    assert 0 < record["step"]["compute"] < seconds["train"] and record["throughput"]["mfu"] is None
-    assert record["step"]["imbalance"] >= 0 and train("baseline.py")["record"]["step"]["communication"] == 0
-    keys = "schema script run started workers work environment seconds step throughput memory quality restarts"
-    assert list(record) == keys.split()
-    base = train("baseline.py")["record"]
-    assert {part: list(base[part]) for part in record if isinstance(record[part], dict)} == {
-        part: list(record[part]) for part in record if isinstance(record[part], dict)
-    }
-    # Only the finished record lies there: it was written aside and renamed.
-    names = sorted(path.name for path in (run["directory"] / "results").iterdir())
-    assert names == ["r.json", "speedup.json"]  # no figure without a baseline
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_the_common_mistakes_do_not_pass(train, arguments, tmp_path, mistake):
+    script = change(tmp_path, MISTAKES[mistake])
+    run_ranks(script, [*arguments, "--micro-batch-size", 2], tmp_path, 2)
+    losses = list(read_scalars(tmp_path / "logs/r")["loss/train"].values())
+    assert relative_difference(losses, train("baseline.py")["scalars"]["loss/train"].values()) > 1e-4
+
+
+@pytest.fixture(scope="module")
+def encoder_runs(data, tmp_path_factory):
+    """Train the packaged encoder for two steps, with both scripts, as a user starts them."""
+    arguments, runs = [*data, "--model", ENCODER, "--lr", 5e-4, "--max-steps", 2, "--batch-size", 7], []
+    arguments += ["--predictions", "answers.json"]
+    for script, world_size in WORLDS:
+        directory = tmp_path_factory.mktemp("encoder")
+        process = run_script(script, arguments, directory, world_size)
+        assert process.returncode == 0, process.stderr
+        runs.append(left_behind(directory) | {"output": process.stdout})
+    return runs
+
+
+def test_the_packaged_encoder(encoder_runs):
+    base, run = encoder_runs
+    check_same(run, base, layers=6)
+    assert base["record"]["settings"]["model_sha256"] == run["record"]["settings"]["model_sha256"] is not None
+    for output in (base["output"], run["output"]):  # rank 0 alone speaks
+        lines = output.splitlines()
+        assert sum(line.startswith("step ") for line in lines) == 2 and sum("dev set" in line for line in lines) == 1
+
+
+def test_the_loss_does_not_see_padding(files, arguments):
+    """A feature has the same loss beside short ones and beside long ones; the model's own loss does not."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.from_pretrained(files / "model", num_labels=2)
+    model = transformers.BertForQuestionAnswering(config).eval()
+    args = baseline.build_parser().parse_args(["--precision", "fp32"])
+    args.device = torch.device("cpu")
+    ids, losses, own = torch.randint(1000, 2000, (1, 30)), [], []
+    numbers = {"length": 30, "context_start": 9, "start_position": 13, "end_position": 15}
+    with torch.no_grad():
+        for padding in (0, 50):
+            padded = torch.nn.functional.pad(ids, (0, padding))
+            inputs = {"input_ids": padded} | {name: torch.tensor([number]) for name, number in numbers.items()}
+            loss, start_logits, _ = baseline.forward(model, inputs, args)
+            losses.append(loss.item())
+            position = torch.arange(30 + padding)[None]
+            theirs = {"attention_mask": (position < 30).long(), "start_positions": inputs["start_position"]}
+            theirs |= {"token_type_ids": ((position >= 9) & (position < 30)).long()}
+            theirs = model(padded, **theirs, end_positions=inputs["end_position"])
+            own.append(theirs.loss.item())
+            assert torch.allclose(start_logits[:, :30], theirs.start_logits[:, :30], atol=1e-5)
+            assert start_logits[:, 30:].eq(-math.inf).all()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) == pytest.approx(own[0], rel=1e-5)
+    assert abs(own[1] - own[0]) > 0.1
+
+
+def test_nothing_is_compiled_once_training_has_begun(arguments, tmp_path, monkeypatch):
+    """Not for a length that equals the model's width, not for a micro-batch of one feature."""
+    shapes, warm_up, train_step, evaluate = set(), baseline.warm_up, baseline.train_step, baseline.evaluate
+
+    def watched_warm_up(*given):
+        warm_up(*given)
+        torch.compiler.set_stance("fail_on_recompile")
+
+    def watched_train_step(model, micro_batches, *given):
+        shapes.update(inputs["input_ids"].shape for inputs in micro_batches)
+        return train_step(model, micro_batches, *given)
+
+    def eager_evaluate(*given):
+        with torch.compiler.set_stance("force_eager"):
+            return evaluate(*given)
+
+    monkeypatch.setattr(baseline, "warm_up", watched_warm_up)
+    monkeypatch.setattr(baseline, "train_step", watched_train_step)
+    monkeypatch.setattr(baseline, "evaluate", eager_evaluate)
+    options = ["--compile", "--batch-size", 9, "--micro-batch-size", 4]
+    start_in_process(monkeypatch, tmp_path, [*arguments, *options])
+    try:
+        baseline.main()
+    finally:
+        torch.compiler.set_stance("default")
+    assert {1, 4} <= {count for count, _ in shapes} and 64 in {length for _, length in shapes} and len(shapes) > 5
+    record = json.loads((tmp_path / "results/r.json").read_text())
+    assert record["settings"]["compile"] and record["seconds"]["warm_up"] > 0
+
+
+# what a run leaves behind ---------------------------------------------------------------------------------------------
+
+
+def start_in_process(monkeypatch, directory, arguments):
+    """Make baseline.main() see these arguments; it may have a signal handler of its own until the test ends."""
+    import signal
+
+    monkeypatch.chdir(directory)
+    monkeypatch.setattr(sys, "argv", ["baseline.py", *map(str, arguments)])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+
+RECORD = "schema script run_name started resumed workers settings environment seconds throughput memory quality"
+QUALITY = "train_loss dev_loss exact f1 has_answer_exact has_answer_f1 no_answer_accuracy best_f1 best_f1_threshold"
+SECTIONS = {
+    "workers": "world_size nodes threads",
+    "environment": (
+        "device hosts torch cuda nccl transformers python git_commit git_dirty slurm_job_id variables"),
+    "seconds": "train input exchange waiting data warm_up evaluate total",
+    "throughput": "features_per_s tokens_per_s",
+    "memory": "peak_bytes",
+    "quality": f"{QUALITY} best_span_f1 best_span_exact",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("script", "world_size"), WORLDS)
+def test_the_record(train, script, world_size):
+    record = train(script, world_size)["record"]
+    assert record["schema"] == 2 and list(record) == RECORD.split()
+    for section, names in SECTIONS.items():
+        assert set(record[section]) == set(names.split()), section
+    assert record["script"] == script.removesuffix(".py") and record["resumed"] == 0
+    seconds, settings = record["seconds"], record["settings"]
+    parts = [seconds[part] for part in ("warm_up", "data", "train", "evaluate")]
+    assert min(parts) > 0 and sum(parts) <= seconds["total"] and 0 < seconds["input"] < seconds["train"]
+    assert settings["trained_features"] == 2 * settings["train_features"]
+    assert record["throughput"]["features_per_s"] == settings["trained_features"] / seconds["train"]
+    assert record["throughput"]["tokens_per_s"] == settings["trained_tokens"] / seconds["train"]
+    assert record["memory"]["peak_bytes"] > 100e6 and record["environment"]["python"] == sys.version.split()[0]
+    if world_size:
+        assert seconds["exchange"] > 0 and seconds["waiting"] >= 0 and settings["gradients"] == "fp32"
+        assert seconds["exchange"] + seconds["waiting"] < seconds["train"]
+    else:
+        assert seconds["exchange"] is None and seconds["waiting"] is None and settings["gradients"] is None
+
+
+def test_the_records_of_both_scripts_have_the_same_keys(train, encoder_runs):
+    for base, run in ((train("baseline.py"), train("distributed.py", 2)), encoder_runs):
+        assert set(base["record"]["settings"]) == set(run["record"]["settings"])
+        different = {
+            name for name, value in base["record"]["settings"].items() if run["record"]["settings"][name] != value
+        }
+        assert different == {"script", "world_size", "gradients"}
+
+
+@pytest.mark.parametrize(("script", "world_size"), WORLDS)
+def test_tensorboard(train, script, world_size):
+    run = train(script, world_size)
+    scalars, quality = run["scalars"], run["record"]["quality"]
+    dev_tags = {"loss/dev": "dev_loss", "score/exact": "exact", "score/f1": "f1", "score/best_f1": "best_f1"}
+    assert set(scalars) == {"loss/train", "speed/features_per_s", "lr", *dev_tags}
+    for tag in ("loss/train", "speed/features_per_s", "lr"):
+        assert list(scalars[tag]) == list(range(1, STEPS + 1))
+    assert list(scalars["lr"].values()) == pytest.approx([5e-4 * (STEPS - step) / STEPS for step in range(STEPS)])
+    for tag, name in dev_tags.items():
+        assert list(scalars[tag]) == [STEPS // 2, STEPS]
+        assert scalars[tag][STEPS] == pytest.approx(quality[name])
+    last_epoch = list(scalars["loss/train"].values())[STEPS // 2 :]
+    assert quality["train_loss"] == pytest.approx(sum(last_epoch) / len(last_epoch))
+
+
+@pytest.mark.parametrize(("script", "world_size"), WORLDS)
+def test_only_finished_files_lie_there(train, script, world_size):
+    directory = train(script, world_size)["directory"]
+    assert [path.name for path in (directory / "checkpoints/r").iterdir()] == ["model"]
+    assert (directory / "results/r.json").exists() and not list(directory.glob("**/*.partial"))
+
+
+# predictions ----------------------------------------------------------------------------------------------------------
+
+
+def official_words(text):
+    """Split as the official scorer does: lower case, no punctuation, no articles."""
+    text = "".join(" " if character.isspace() else character for character in text.lower())
+    words = "".join(character for character in text if character not in string.punctuation).split()
+    return [word for word in words if word not in ("a", "an", "the")]
+
+
+def official_scores(dev_file, predictions):
+    """Return {id: (exact, F1)} and {id: whether it has an answer}, as the official scorer counts."""
+    scores, has_answer = {}, {}
+    articles = json.loads(dev_file.read_text())["data"]
+    for question in (qa for article in articles for paragraph in article["paragraphs"] for qa in paragraph["qas"]):
+        golds = [words for answer in question["answers"] if (words := official_words(answer["text"]))] or [[]]
+        words, pairs = official_words(predictions[question["id"]]), []
+        for gold in golds:
+            common = sum((collections.Counter(gold) & collections.Counter(words)).values())
+            f1 = 2 * common / (len(gold) + len(words)) if gold and words else float(gold == words)
+            pairs.append((float(gold == words), f1))
+        scores[question["id"]] = max(exact for exact, _ in pairs), max(f1 for _, f1 in pairs)
+        has_answer[question["id"]] = bool(question["answers"])
+    return scores, has_answer
+
+
+def official_best_f1(dev_file, predictions, no_answer_scores):
+    """Return the best F1 and its threshold: from nothing answered, answer one more question after another."""
+    scores, has_answer = official_scores(dev_file, predictions)
+    total = sum(not has for has in has_answer.values())
+    best, threshold = total, 0.0
+    for id_ in sorted(no_answer_scores, key=no_answer_scores.get):
+        if has_answer[id_]:
+            total += scores[id_][1]
+        elif predictions[id_]:
+            total -= 1
+        if total > best:
+            best, threshold = total, no_answer_scores[id_]
+    return 100 * best / len(scores), threshold
+
+
+@pytest.mark.parametrize(("script", "world_size"), WORLDS)
+def test_the_official_scorer_finds_the_same_figures(train, files, script, world_size):
+    run = train(script, world_size)
+    quality = run["record"]["quality"]
+    scores, _ = official_scores(files / "dev.json", run["answers"])
+    exact, f1 = (100 * sum(values) / len(scores) for values in zip(*scores.values(), strict=True))
+    assert (quality["exact"], quality["f1"]) == (pytest.approx(exact), pytest.approx(f1))
+    best_f1, _ = official_best_f1(files / "dev.json", run["spans"], run["no_answer_scores"])
+    assert quality["best_f1"] == pytest.approx(best_f1)
+    assert set(run["answers"]) == set(run["spans"]) == set(run["no_answer_scores"])
+    for id_, score in run["no_answer_scores"].items():
+        assert run["spans"][id_] and run["answers"][id_] == (run["spans"][id_] if score <= 0 else "")
+
+
+@pytest.mark.parametrize(("script", "world_size"), WORLDS)
+def test_the_spans_are_needed_where_the_best_threshold_is_above_0(arguments, files, tmp_path, script, world_size):
+    """Where all questions have an answer and the model gives none, answering all of them is best."""
+    content = json.loads((files / "dev.json").read_text())
+    for paragraph in (paragraph for article in content["data"] for paragraph in article["paragraphs"]):
+        paragraph["qas"] = [qa for qa in paragraph["qas"] if qa["answers"]]
+    dev_file = tmp_path / "answerable.json"
+    dev_file.write_text(json.dumps(content))
+    run_ranks(script, [*arguments, "--dev-file", dev_file, "--predictions", "answers.json"], tmp_path, world_size)
+    run = left_behind(tmp_path)
+    quality = run["record"]["quality"]
+    assert quality["best_f1_threshold"] > 0 and quality["best_f1"] > quality["f1"] + 1
+    best_f1, threshold = official_best_f1(dev_file, run["spans"], run["no_answer_scores"])
+    assert quality["best_f1"] == pytest.approx(best_f1)
+    assert quality["best_f1_threshold"] == pytest.approx(threshold)
+    assert official_best_f1(dev_file, run["answers"], run["no_answer_scores"])[0] < best_f1 - 1
 
 
 def test_the_saved_model_gives_the_same_answers(train, arguments, monkeypatch, tmp_path):
     run = train("baseline.py")
-    path = str(run["directory"] / "checkpoints/r/model")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["baseline.py", *map(str, arguments), "--model", path])
-    options = baseline.parse_options(baseline.build_parser())
-    options.precision = "fp32"
-    _, _, dev, _ = baseline.load_data(options)
-    model = transformers.BertForQuestionAnswering.from_pretrained(path)
-    quality, answers = baseline.evaluate(model, *dev, options, torch.device("cpu"))
+    model = run["directory"] / "checkpoints/r/model"
+    options = [option for option in arguments if option != "--random-init"]
+    start_in_process(monkeypatch, tmp_path, [*options, "--model", model])
+    args = baseline.parse_args()
+    baseline.set_up_device(args)
+    tokenizer, model, _ = baseline.load_model(args)
+    *dev, _ = baseline.load_split("dev", args.dev_file, tokenizer, args)
+    quality, answers = baseline.evaluate(model, *dev, args)
     assert quality["dev_loss"] == pytest.approx(run["record"]["quality"]["dev_loss"], rel=1e-5)
-    assert {id_: score for _, id_, _, score, *_ in answers} == pytest.approx(
-        run["no_answer_scores"], rel=1e-4, abs=1e-4
-    )
+    scores = {id_: score for _, id_, _, score, *_ in answers}
+    assert scores == pytest.approx(run["no_answer_scores"], rel=1e-4, abs=1e-4)
+    assert {id_: text for _, id_, text, *_ in answers} == run["spans"]
 
 
-def test_nothing_is_compiled_once_training_has_begun(arguments, tmp_path, monkeypatch):
-    """Not for a length that equals the model's width, not for a pass of one feature."""
-    model = write_model(tmp_path, **TINY | {"hidden_size": 64})
-    monkeypatch.chdir(tmp_path)
-    options = ["--model", model, "--random-init", "--compile", "--precision", "fp32", "--batch-size", 9]
-    options += ["--micro-batch-size", 4, "--max-length", 64, "--doc-stride", 16]
-    monkeypatch.setattr("sys.argv", ["baseline.py", *map(str, [*arguments, *options])])
-    options, device = baseline.parse_options(baseline.build_parser()), torch.device("cpu")
-    _, features, _, _ = baseline.load_data(options)
-    model, lengths = baseline.load_model(options, device), np.array(features["length"][:])
-    (batches,) = baseline.plan_epochs(lengths, options)
-    baseline.warm_up(model, features, lengths, batches, options, device)
-    shapes = set()
-    with torch.compiler.set_stance("fail_on_recompile"):
-        for batch, passes in zip(batches, baseline.load_passes(batches, features, options, device), strict=True):
-            baseline.backward(model, passes, len(batch), options, device)
-            shapes |= {inputs["input_ids"].shape for inputs in passes}
-    assert {1, 4} <= {count for count, _ in shapes} and 64 in {length for _, length in shapes} and len(shapes) > 5
+# options --------------------------------------------------------------------------------------------------------------
 
 
-def test_prepare_fetches_the_weights_too(arguments, tmp_path, monkeypatch):
-    loaded = []
-    load = transformers.BertForQuestionAnswering.from_pretrained
-    monkeypatch.setattr(
-        transformers.BertForQuestionAnswering, "from_pretrained", lambda *a, **k: loaded.append(a) or load(*a, **k)
-    )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["baseline.py", *map(str, arguments), "--prepare", "--run", "p"])
+@pytest.mark.parametrize(("script", "world_size"), WORLDS)
+def test_evaluations_change_no_weight(arguments, tmp_path, script, world_size):
+    """With dropout: an evaluation draws no random number."""
+    weights = []
+    for name, more in (("few", []), ("many", ["--evaluate-every", 3])):
+        run_ranks(script, [*arguments, "--dropout", 0.2, "--run-name", name, *more], tmp_path, world_size)
+        weights.append((tmp_path / f"checkpoints/{name}/model/model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+    few, many = (read_scalars(tmp_path / f"logs/{name}") for name in ("few", "many"))
+    assert few["loss/train"] == many["loss/train"]
+    assert list(few["loss/dev"]) == [4, 8] and list(many["loss/dev"]) == list(many["score/f1"]) == [3, 6, 8]
+    assert few["loss/dev"][8] == many["loss/dev"][8]
+
+
+def test_prepare_loads_the_weights_too(data, tmp_path, monkeypatch):
+    loaded, load = [], transformers.BertForQuestionAnswering.from_pretrained
+
+    def watched_load(*given, **options):
+        loaded.append(given)
+        return load(*given, **options)
+
+    monkeypatch.setattr(transformers.BertForQuestionAnswering, "from_pretrained", watched_load)
+    start_in_process(monkeypatch, tmp_path, [*data, "--model", ENCODER, "--prepare"])
     baseline.main()
     assert loaded == [(ENCODER,)]
     assert not list(tmp_path.glob("results/*")) and not list(tmp_path.glob("logs/*"))
 
 
-def test_a_finished_run_is_left_alone(train, arguments):
-    directory = train("baseline.py")["directory"]
-    before = (directory / "results/r.json").read_bytes()
-    process = run_script("baseline.py", [*arguments, "--run", "r"], directory)
-    assert process.returncode == 0 and "is finished" in process.stdout
-    assert (directory / "results/r.json").read_bytes() == before
+def contents(directory):
+    return {path: path.read_bytes() for path in directory.glob("*/**/*") if path.is_file()}
 
 
-@pytest.mark.parametrize(("script", "world_size"), [("baseline.py", None), ("distributed.py", 2)])
-def test_a_loss_that_is_not_finite_stops_the_run(arguments, tmp_path, script, world_size):
-    model = transformers.BertForQuestionAnswering.from_pretrained(ENCODER)
+@pytest.mark.parametrize(("script", "world_size"), WORLDS)
+def test_a_finished_run_is_left_alone(train, arguments, script, world_size):
+    directory = train(script, world_size)["directory"]
+    before = contents(directory)
+    arguments = [*arguments, "--predictions", "answers.json"]
+    run = Run(script, [*arguments, "--checkpoint-every", 2], directory, world_size).wait()  # which changes no result
+    assert set(run.statuses) == {0} and run.error.count("\n") == 1
+    assert run.error.startswith(f"{script}: results/r.json: this run is finished")
+    for more, said in ((["--lr", 0.01], "made with lr 0.0005, not 0.01"), (["--epochs", 3], "epochs 2, not 3")):
+        run = Run(script, [*arguments, *more], directory, world_size).wait()
+        assert set(run.statuses) == {2} and run.error.count("\n") == 1
+        assert run.error.startswith(f"{script}: error: results/r.json") and said in run.error
+    assert contents(directory) == before
+
+
+# errors ---------------------------------------------------------------------------------------------------------------
+
+
+def own_lines(process):
+    """Return the lines that distributed.py itself printed, under torchrun; no rank may have shown a traceback."""
+    assert "[rank" not in process.stderr and 'distributed.py", line' not in process.stderr, process.stderr
+    return [line for line in process.stderr.splitlines() if line.startswith("distributed.py")]
+
+
+def without_rank(line):
+    """Drop the rank and host that are named where another rank than the first speaks."""
+    return re.sub(r" \(rank [1-9] on \S+\)$", "", line, flags=re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def infinite(files):
+    """A model whose first loss is not a number."""
+    config = transformers.AutoConfig.from_pretrained(files / "model", num_labels=2)
+    model = transformers.BertForQuestionAnswering(config)
     torch.nn.init.constant_(model.qa_outputs.weight, math.inf)
-    model.save_pretrained(tmp_path / "model")
-    transformers.AutoTokenizer.from_pretrained(ENCODER).save_pretrained(tmp_path / "model")
-    process = run_script(script, [*arguments, "--model", tmp_path / "model", "--run", "r"], tmp_path, world_size)
-    assert process.returncode == 1
-    lines = [line for line in process.stderr.splitlines() if line.startswith(script)]
-    assert lines == [f"{script}: error: stopped: the loss is nan at step 1"]
+    model.save_pretrained(files / "infinite")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (files / "infinite" / name).write_bytes((files / "model" / name).read_bytes())
+    return ["--model", files / "infinite"]
+
+
+NOT_FINITE = "error: stopped: the loss is not finite at step 1; try a lower --lr"
+
+
+@pytest.mark.parametrize(("script", "world_size"), WORLDS)
+def test_a_loss_that_is_not_finite_stops_the_run(data, infinite, tmp_path, script, world_size):
+    for _ in range(3):  # it is printed once, whichever rank is faster
+        run = Run(script, [*data, *infinite], tmp_path, world_size).wait()
+        assert set(run.statuses) == {1} and run.error.count("\n") == 1
+        assert without_rank(run.error) == f"{script}: {NOT_FINITE}\n"
     assert not (tmp_path / "results/r.json").exists() and not (tmp_path / "checkpoints/r/model").exists()
 
 
-def test_the_loss_does_not_see_padding():
-    """A feature has the same loss beside short ones and beside long ones; the model's own loss does not."""
-    import transformers
+def test_a_loss_that_is_not_finite_under_torchrun(data, infinite, tmp_path):
+    process = run_script("distributed.py", [*data, *infinite], tmp_path, 2)
+    (line,) = own_lines(process)
+    assert process.returncode == 1 and without_rank(line) == f"distributed.py: {NOT_FINITE}"
 
-    model = transformers.BertForQuestionAnswering.from_pretrained(ENCODER).eval()
-    options = baseline.build_parser().parse_args(["--precision", "fp32"])
-    pad = torch.nn.functional.pad
-    ids, losses, own = torch.randint(1000, 2000, (1, 30)), [], []
-    for padding in (0, 50):
-        mask = pad(torch.ones_like(ids), (0, padding))
-        inputs = {"input_ids": pad(ids, (0, padding)), "attention_mask": mask, "token_type_ids": mask}
-        inputs |= {"start_positions": torch.tensor([3]), "end_positions": torch.tensor([5])}
-        losses.append(baseline.forward(model, dict(inputs), options, torch.device("cpu"))[0].item())
-        own.append(model(**inputs).loss.item())
-        logits = baseline.forward(model, dict(inputs), options, torch.device("cpu"))[1][:, :30]
-        assert torch.allclose(logits, model(**inputs).start_logits[:, :30], atol=1e-5)  # the mask is the model's own
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5) == pytest.approx(own[0], rel=1e-5)
-    assert abs(own[1] - own[0]) > 0.1
+
+# Reading the file of questions fails, on the ranks that are named.
+UNREADABLE = """
+import os, pathlib
+read_bytes = pathlib.Path.read_bytes
+def fail_to_read(path):
+    if path.name == "train.json" and os.environ["RANK"] in {ranks}:
+        raise OSError("no such disk" + {more})
+    return read_bytes(path)
+pathlib.Path.read_bytes = fail_to_read
+"""
+FAILING = {  # the ranks that cannot read, what differs between them, the rank that is named (0 need not be)
+    "all ranks": ("0123", "''", None),
+    "one rank": ("2", "''", 2),
+    "two ranks": ("13", "''", 1),
+    "all ranks, for different reasons": ("0123", "os.environ['RANK']", None),
+}
+
+
+@pytest.mark.parametrize("case", FAILING)
+def test_an_error_before_the_training_is_printed_once(arguments, tmp_path, case):
+    ranks, more, named = FAILING[case]
+    script = change(tmp_path, before=UNREADABLE.format(ranks=set(ranks), more=more))
+    for _ in range(3):
+        run = Run(script, arguments, tmp_path, 4, {"SLURMD_NODENAME": "node7"}).wait()
+        assert set(run.statuses) == {2} and run.error.count("\n") == 1, run.error
+        assert run.error.startswith("distributed.py: error: ") and "train.json: no such disk" in run.error
+        assert ("(rank" in run.error) == (named is not None)
+        assert named is None or run.error.endswith(f" (rank {named} on node7)\n")
+
+
+def test_an_error_of_one_rank_under_torchrun(arguments, tmp_path):
+    script = change(tmp_path, before=UNREADABLE.format(ranks={"1"}, more="''"))
+    process = run_script(script, arguments, tmp_path, 2, {"SLURMD_NODENAME": "node7"})
+    assert process.returncode == 1  # torchrun's own
+    (line,) = own_lines(process)
+    assert "train.json: no such disk" in line and line.endswith(" (rank 1 on node7)")
+    assert not list((tmp_path / "results").iterdir())
+
+
+# the exchange of gradients --------------------------------------------------------------------------------------------
+
+REGISTER = "model.register_comm_hook(dist.group.WORLD, self.hook)"
+EXCHANGE = "return self.average(group, bucket)"
+BACKWARD = "        loss.backward()\n"
+MARK = "        timer.mark()\n"
+LEAVE = "    dist.destroy_process_group()\n    if RANK > 0:\n        return\n"
+HASH = """
+    weights = b"".join(weight.detach().numpy().tobytes() for weight in model.parameters())
+    Path(f"hash-{RANK}").write_text(hashlib.sha256(weights).hexdigest())
+"""
+
+
+def run_changed(arguments, directory, changes, before=""):
+    """Run a changed distributed.py in two ranks; return its record, its losses, and the weights of each rank."""
+    script = change(directory, *changes, (LEAVE, HASH + LEAVE), before=before)
+    run_ranks(script, arguments, directory, 2)
+    record = json.loads((directory / "results/r.json").read_text())
+    hashes = [(directory / f"hash-{rank}").read_text() for rank in range(2)]
+    return record, read_scalars(directory / "logs/r")["loss/train"], hashes
+
+
+@pytest.fixture(scope="module")
+def unchanged(arguments, tmp_path_factory):
+    return run_changed(arguments, tmp_path_factory.mktemp("unchanged"), [])
+
+
+def test_timing_the_exchange_changes_nothing(arguments, unchanged, tmp_path):
+    """Without the hook DDP exchanges the gradients by itself."""
+    _, losses, hashes = unchanged
+    _, own_losses, own_hashes = run_changed(arguments, tmp_path, [(REGISTER, "pass"), (MARK, MARK * 2)])
+    assert own_losses == losses and set(own_hashes) == set(hashes) and len(set(hashes)) == 1
+
+
+def test_a_slow_rank_is_waited_for(arguments, unchanged, tmp_path):
+    """Of the 0.3 s of one rank, half is waiting in the mean over the two, and nothing the exchange's."""
+    slow = "        if RANK == 1:\n            time.sleep(0.3)\n" + BACKWARD
+    record, losses, hashes = run_changed(arguments, tmp_path, [(BACKWARD, slow)])
+    assert losses == unchanged[1] and set(hashes) == set(unchanged[2])
+    seconds = record["seconds"]
+    assert 0.08 < seconds["waiting"] / STEPS < 0.5
+    assert seconds["waiting"] > seconds["exchange"] > 0
+
+
+def test_an_exchange_done_twice(arguments, unchanged, tmp_path):
+    """Averaging what is averaged already changes nothing."""
+    twice = f"dist.all_reduce(bucket.buffer().div_(WORLD_SIZE))\n        {EXCHANGE}"
+    record, losses, hashes = run_changed(arguments, tmp_path, [(EXCHANGE, twice)])
+    assert losses == unchanged[1] and set(hashes) == set(unchanged[2])
+    assert record["seconds"]["exchange"] > 0
+
+
+# Note the types of what is exchanged and is not small.
+SPY = """
+import atexit, os, pathlib, torch.distributed
+all_reduce, exchanged = torch.distributed.all_reduce, pathlib.Path("exchanged-" + os.environ["RANK"])
+def watched_all_reduce(tensor, *arguments, **options):
+    if tensor.numel() > 1000:
+        with exchanged.open("a") as file:
+            print(tensor.dtype, file=file)
+    return all_reduce(tensor, *arguments, **options)
+torch.distributed.all_reduce = watched_all_reduce
+"""
+
+
+def exchanged_types(directory):
+    return {line for rank in range(2) for line in (directory / f"exchanged-{rank}").read_text().split()}
+
+
+@pytest.mark.parametrize("gradients", ["fp32", "bf16"])
+def test_the_type_of_the_exchanged_gradients(arguments, unchanged, tmp_path, gradients):
+    arguments = [*arguments, "--gradients", gradients]
+    record, losses, hashes = run_changed(arguments, tmp_path, [], before=SPY)
+    assert exchanged_types(tmp_path) == {{"fp32": "torch.float32", "bf16": "torch.bfloat16"}[gradients]}
+    assert len(set(hashes)) == 1 and record["settings"]["gradients"] == gradients
+    assert (losses == unchanged[1]) == (gradients == "fp32")
+    # bf16 has 8 bits of a number: gradients differ by up to 0.4 %, and a step of AdamW by not much more.
+    assert relative_difference(losses.values(), unchanged[1].values()) < 1e-2
+
+
+def test_fp32_in_place_of_bf16_would_be_seen(arguments, unchanged, tmp_path):
+    silent = 'bf16_compress_hook if args.gradients == "bf16" else allreduce_hook', "allreduce_hook"
+    _, losses, _ = run_changed([*arguments, "--gradients", "bf16"], tmp_path, [silent], before=SPY)
+    assert exchanged_types(tmp_path) == {"torch.float32"} and losses == unchanged[1]
