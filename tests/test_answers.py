@@ -23,13 +23,13 @@ from conftest import DEV_SET
         ("«Tower»", ["Tower"], 0, 0),  # the official scorer strips ASCII punctuation only
         ("in Paris, France", ["Paris"], 0, 0.5),  # precision 1/3, recall 1
         ("a b b c", ["b b d"], 0, 2 * 2 / (3 + 3)),  # "a" is an article; "b" counts twice
-        ("Beyoncé", ["Beyonce\u0301", "Beyoncé"], 1, 1),  # no unicode normalisation, but several golds
+        ("Beyoncé", ["Beyonce\u0301", "Beyoncé"], 1, 1),  # no Unicode normalization, but several golds
         ("10 km", ["ten km", "10 kilometres"], 0, 0.5),
         ("", [], 1, 1),  # impossible, and left unanswered
         ("Paris", [], 0, 0),
         ("", ["Paris"], 0, 0),
         ("the", [], 1, 1),  # an article alone is an empty answer
-        ("Paris", ["the", "Paris"], 1, 1),  # golds that are empty after normalisation do not count
+        ("Paris", ["the", "Paris"], 1, 1),  # golds that are empty after normalization do not count
         ("the", ["the"], 1, 1),  # unless no other is left
     ],
 )
@@ -88,12 +88,12 @@ def test_best_threshold_against_every_threshold(rows):
 def test_best_spans_against_every_pair():
     generator = torch.Generator().manual_seed(0)
     starts, ends = torch.randn(2, 20, 60, generator=generator) * 3
-    in_context = torch.zeros(20, 60, dtype=torch.bool)
+    is_context = torch.zeros(20, 60, dtype=torch.bool)
     for row in range(20):
-        in_context[row, 5 + row % 7 : 60 - row] = True
-    found = baseline.best_spans(starts, ends, in_context)
+        is_context[row, 5 + row % 7 : 60 - row] = True
+    found = baseline.best_spans(starts, ends, is_context)
     for row in range(20):
-        tokens = in_context[row].nonzero().flatten().tolist()
+        tokens = is_context[row].nonzero().flatten().tolist()
         pairs = [(s, e) for s, e in itertools.product(tokens, tokens) if s <= e < s + 30]
         best = max(pairs, key=lambda pair: (starts[row, pair[0]] + ends[row, pair[1]]).item())
         assert tuple(found[row, 1:3].int().tolist()) == best
@@ -109,8 +109,8 @@ def test_the_best_window_answers_and_the_least_null_score_counts():
         "id": ["q0", "q1"], "context": [context, context],
         "answers": [{"text": ["beta gamma"], "answer_start": [6]}, {"text": [], "answer_start": []}],
     })  # fmt: skip
-    offsets = {"token_starts": [0, 6, 11, 17], "token_ends": [5, 10, 16, 22]}
-    features = datasets.Dataset.from_list([{"question": q, "context_start": 4, **offsets} for q in (0, 0, 1)])
+    offsets = {"text_starts": [0, 6, 11, 17, 22, 23], "text_ends": [0, 5, 10, 16, 22, 23]}  # the last: after all tokens
+    features = datasets.Dataset.from_list([{"question_index": q, "context_start": 4, **offsets} for q in (0, 0, 1)])
     spans = np.array([[1.0, 4, 4, 3.0], [5.0, 5, 6, 2.0], [4.0, 7, 7, 6.0]])
     answers = sorted(baseline.answer_questions(questions, features, np.arange(3), spans))
     assert answers == [(0, "q0", "beta gamma", -3.0, 1.0, 1.0), (1, "q1", "delta", 2.0, 0.0, 0.0)]

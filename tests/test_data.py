@@ -2,19 +2,22 @@
 
 import gzip
 import json
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import baseline
-from conftest import DEV_SET, ROOT
+from conftest import DEV_SET, ROOT, write_squad
 
 
-def make(questions, tokenizer, key, max_length=384, doc_stride=128):
-    return baseline.load_features(questions, key, tokenizer=tokenizer, max_length=max_length, doc_stride=doc_stride)
+def load(path, tokenizer, max_length=384, doc_stride=128, threads=1):
+    args = SimpleNamespace(max_length=max_length, doc_stride=doc_stride, threads=threads)
+    return baseline.load_split("train", str(path) if path else None, tokenizer, args)
 
 
 def check_labels(questions, features):
@@ -23,15 +26,15 @@ def check_labels(questions, features):
     Such a label gives the whole word ("Japanese" for "Japan"): no token boundary meets the answer's.
     """
     inside_words, labelled = set(), set()
-    for feature in features:
-        question, start, end = feature["question"], feature["start_position"], feature["end_position"]
+    for feature in features.to_list():
+        question, start, end = feature["question_index"], feature["start_position"], feature["end_position"]
         if start == 0:
             assert end == 0
             continue
         labelled.add(question)
         row, first = questions[question], feature["context_start"]
         assert first <= start <= end <= feature["length"] - 2
-        text = row["context"][feature["token_starts"][start - first] : feature["token_ends"][end - first]]
+        text = row["context"][feature["text_starts"][start - first] : feature["text_ends"][end - first + 1]]
         answer, answer_start = row["answers"]["text"][0], row["answers"]["answer_start"][0]
         if baseline.normalize_answer(text) != baseline.normalize_answer(answer):
             before, after = row["context"][answer_start - 1], row["context"][answer_start + len(answer)]
@@ -43,28 +46,28 @@ def check_labels(questions, features):
 
 
 def test_whole_dev_set(tokenizer):
-    questions, _ = baseline.read_squad_file(str(DEV_SET))
-    features = make(questions, tokenizer, "dev")
+    questions, features, facts = load(DEV_SET, tokenizer, threads=2)
     # The counts of the official files and of Hugging Face's run_qa.py at 384/128.
-    assert (len(questions), len(features), len(set(features["question"]))) == (11873, 12134, 11873)
+    assert (len(questions), len(features), len(set(features["question_index"]))) == (11873, 12134, 11873)
     assert check_labels(questions, features) == 6
+    counts = {"questions": 11873, "impossible": 5945, "features": 12134, "lost_answers": 0}
+    assert counts.items() <= {name.removeprefix("train_"): value for name, value in facts.items()}.items()
 
 
 def test_whole_training_subset(tokenizer, squad_folder):
-    questions, _ = baseline.read_squad_file(str(squad_folder / "train-v2.0-subset.json.gz"))
+    questions, features, _ = load(squad_folder / "train-v2.0-subset.json.gz", tokenizer, threads=2)
     assert len(questions) == 49523
-    features = make(questions, tokenizer, "subset")
-    assert set(features["question"]) == set(range(49523))
+    assert set(features["question_index"]) == set(range(49523))
     assert check_labels(questions, features) == 40
 
 
 def test_windows_cover_the_context_and_overlap(tokenizer):
-    questions, _ = baseline.read_squad_file(str(ROOT / "sample/dev.json"))
-    features = make(questions, tokenizer, "windows", max_length=80, doc_stride=20)
+    questions, features, _ = load(ROOT / "sample/dev.json", tokenizer, max_length=80, doc_stride=20)
     assert len(features) > len(questions)
+    features = features.to_list()
     for index, row in enumerate(questions):
-        windows = [feature for feature in features if feature["question"] == index]
-        tokens = tokenizer(row["question"].strip(), row["context"])["input_ids"]
+        windows = [feature for feature in features if feature["question_index"] == index]
+        tokens = tokenizer(row["question"], row["context"])["input_ids"]
         first = windows[0]["context_start"]
         assert all(window["input_ids"][:first] == tokens[:first] for window in windows)
         assert all(window["length"] == len(window["input_ids"]) <= 80 for window in windows)
@@ -75,15 +78,10 @@ def test_windows_cover_the_context_and_overlap(tokenizer):
         assert rejoined == tokens[first:-1]
 
 
-def test_answers_outside_the_window_point_at_cls(tokenizer):
+def test_answers_outside_the_window_point_at_cls(tokenizer, tmp_path):
     context = "word " * 100 + "the answer itself" + " word" * 100
-    row = {
-        "id": "q",
-        "question": "  What?  ",
-        "context": context,
-        "answers": {"text": ["answer itself"], "answer_start": [504]},
-    }
-    features = make(datasets.Dataset.from_list([row]), tokenizer, "outside", max_length=50, doc_stride=10)
+    path = write_squad(tmp_path / "outside.json", [(context, [("q", "  What?  ", [("answer itself", 504)])])])
+    _, features, _ = load(path, tokenizer, max_length=50, doc_stride=10)
     labels = {(feature["start_position"], feature["end_position"]) for feature in features}
     texts = {tokenizer.decode(f["input_ids"][f["start_position"] : f["end_position"] + 1]) for f in features}
     assert (0, 0) in labels and texts == {"[CLS]", "answer itself"}
@@ -91,7 +89,7 @@ def test_answers_outside_the_window_point_at_cls(tokenizer):
 
 
 def test_hub_layout_gives_the_same_features(tokenizer, tmp_path, monkeypatch):
-    """The hub's squad_v2 is Parquet with these columns; a local file stands for it, since no hub is reached here."""
+    """The hub's dataset has a row for each question; a Parquet file stands in for it, since no hub is reached here."""
     rows = []
     for article in json.loads((ROOT / "sample/train.json").read_text())["data"]:
         for paragraph in article["paragraphs"]:
@@ -100,41 +98,46 @@ def test_hub_layout_gives_the_same_features(tokenizer, tmp_path, monkeypatch):
                 rows.append({"id": qa["id"], "title": article["title"], "context": paragraph["context"],
                              "question": qa["question"], "answers": answers})  # fmt: skip
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
-    load = datasets.load_dataset
+    load_dataset = datasets.load_dataset
     monkeypatch.setattr(
         baseline.datasets, "load_dataset",
-        lambda name, split: load("parquet", data_files={split: str(tmp_path / "train.parquet")}, split=split,
-                                 cache_dir=str(tmp_path / "cache")),
+        lambda name, split: load_dataset("parquet", data_files={split: str(tmp_path / "train.parquet")}, split=split,
+                                         cache_dir=str(tmp_path / "cache")),
     )  # fmt: skip
-    hub, hub_digest = baseline.read_hub("train")
-    file, _ = baseline.read_squad_file(str(ROOT / "sample/train.json"))
-    assert len(hub_digest) == 64
-    assert make(hub, tokenizer, "hub").to_dict() == make(file, tokenizer, "file").to_dict()
+    _, from_hub, hub_facts = load(None, tokenizer)
+    _, from_file, file_facts = load(ROOT / "sample/train.json", tokenizer)
+    assert len(hub_facts.pop("train_sha256")) == len(file_facts.pop("train_sha256")) == 64
+    assert hub_facts == file_facts
+    assert from_hub.to_dict() == from_file.to_dict()
 
 
 def test_gzip_gives_the_same_questions(tmp_path):
     content = (ROOT / "sample/dev.json").read_bytes()
     (tmp_path / "dev.json.gz").write_bytes(gzip.compress(content))
-    plain, _ = baseline.read_squad_file(str(ROOT / "sample/dev.json"))
-    assert baseline.read_squad_file(str(tmp_path / "dev.json.gz"))[0].to_dict() == plain.to_dict()
+    plain, _ = baseline.read_squad(str(ROOT / "sample/dev.json"))
+    assert baseline.read_squad(str(tmp_path / "dev.json.gz"))[0].to_dict() == plain.to_dict()
 
 
-def test_a_second_start_does_not_tokenise_again(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["baseline.py", "--sample", "--max-length", "200"])
-    options = baseline.parse_options(baseline.build_parser())
-    _, first, _, _ = baseline.load_data(options)
+def test_a_second_start_does_not_tokenize_again(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["baseline.py", "--sample", "--max-length", "200", "--random-init"])
+    source = baseline.inspect.getsource(baseline.make_features)
+
+    def start():
+        args = baseline.parse_args()
+        tokenizer, _, _ = baseline.load_model(args)
+        files = {"train": args.train_file, "dev": args.dev_file}
+        return [baseline.load_split(split, path, tokenizer, args)[1] for split, path in files.items()]
 
     def fail(*arguments, **named):
-        raise AssertionError("tokenised again")
+        raise AssertionError("tokenized again")
 
+    first = start()
     monkeypatch.setattr(baseline, "make_features", fail)
-    monkeypatch.setattr(baseline.inspect, "getsource", lambda function: SOURCE)
-    _, second, _, _ = baseline.load_data(options)
-    assert second.cache_files and second.cache_files == first.cache_files  # memory-mapped, not held
-    assert second.to_dict() == first.to_dict()
-
-
-SOURCE = baseline.inspect.getsource(baseline.make_features)
+    monkeypatch.setattr(baseline.inspect, "getsource", lambda function: source)
+    for before, after in zip(first, start(), strict=True):
+        assert after.cache_files and after.cache_files == before.cache_files  # memory-mapped, not held
+        assert after.to_dict() == before.to_dict()
 
 
 @settings(max_examples=50, deadline=None)
@@ -156,23 +159,41 @@ def test_batches_differ_by_epoch_and_hold_like_lengths():
     assert lengths.sum() / padded > 0.95  # a random order gives about 0.53 here
 
 
-def test_collate_pads_and_splits(tokenizer):
-    questions, _ = baseline.read_squad_file(str(ROOT / "sample/train.json"))
-    features = make(questions, tokenizer, "collate")
-    indices = np.array([3, 100, 200, 17, 250])
-    passes = baseline.collate(indices, features.with_format("arrow"), pass_size=2, round_to=64)
-    assert [len(inputs["input_ids"]) for inputs in passes] == [2, 2, 1]
-    rows = [(inputs, row) for inputs in passes for row in range(len(inputs["input_ids"]))]
-    for index, (inputs, row) in zip(indices, rows, strict=True):
-        expected = tokenizer(questions[int(index)]["question"].strip(), questions[int(index)]["context"],
-                             padding="max_length", max_length=inputs["input_ids"].shape[1])  # fmt: skip
-        assert inputs["input_ids"].shape[1] % 64 == 0
-        for name in ("input_ids", "attention_mask", "token_type_ids"):
-            assert inputs[name][row].tolist() == expected[name]
-        assert inputs["start_positions"][row] == features[int(index)]["start_position"]
+class SeenInputs(torch.nn.Module):
+    """A model that notes what it is called with."""
+
+    def forward(self, input_ids, attention_mask, token_type_ids):
+        self.seen = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask[:, 0, 0],
+            "token_type_ids": token_type_ids,
+        }
+        logits = torch.zeros(input_ids.shape)
+        return SimpleNamespace(start_logits=logits, end_logits=logits)
 
 
-def test_a_long_question_that_leaves_no_room_is_named(tokenizer):
-    row = {"id": "q7", "question": "why " * 40, "context": "text", "answers": {"text": [], "answer_start": []}}
-    with pytest.raises(baseline.ScriptError, match="no room beside question q7"):
-        make(datasets.Dataset.from_list([row]), tokenizer, "long", max_length=64, doc_stride=32)
+def test_batches_are_padded_and_split_as_the_tokenizer_would(tokenizer):
+    questions, features, _ = load(ROOT / "sample/train.json", tokenizer)
+    indices = [3, 100, 200, 17, 250]
+    args = SimpleNamespace(device=torch.device("cpu"), micro_batch_size=2, precision="fp32")
+    (micro_batches,) = baseline.load_batches(features, [np.array(indices)], args)
+    assert [len(inputs["input_ids"]) for inputs in micro_batches] == [2, 2, 1]
+    for first, inputs in zip((0, 2, 4), micro_batches, strict=True):
+        rows = indices[first : first + 2]
+        expected = tokenizer(
+            [questions[row]["question"] for row in rows], [questions[row]["context"] for row in rows], padding=True
+        )
+        model = SeenInputs()
+        *_, is_context = baseline.forward(model, inputs, args)
+        for name, tensor in model.seen.items():
+            assert tensor.long().tolist() == expected[name]
+        for row, in_context in enumerate(is_context.tolist()):
+            assert in_context == [sequence == 1 for sequence in expected.sequence_ids(row)]
+        for name in ("start_position", "end_position"):
+            assert inputs[name].tolist() == [features[row][name] for row in rows]
+
+
+def test_a_question_that_leaves_no_space_is_named(tokenizer, tmp_path):
+    path = write_squad(tmp_path / "long.json", [("text", [("q6", "why?", []), ("q7", "why " * 40, [])])])
+    with pytest.raises(baseline.ScriptError, match="question 'q7' has 40 tokens: shorten it, or raise --max-length"):
+        load(path, tokenizer, max_length=64, doc_stride=32)

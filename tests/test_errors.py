@@ -4,6 +4,8 @@ import gzip
 import json
 import shutil
 import subprocess
+from argparse import ArgumentError
+from types import SimpleNamespace
 
 import pytest
 
@@ -28,68 +30,79 @@ def qa(data, number=0):
 
 
 BAD_FILES = {
-    "missing": (lambda path: None, "cannot be read: No such file"),
-    "a directory": (lambda path: path.mkdir(), "cannot be read: Is a directory"),
-    "no JSON": (lambda path: path.write_text("{"), "not JSON"),
-    "not text": (lambda path: path.write_bytes(b"\xff\xfe\x00"), "not JSON"),
-    "a list": (lambda path: path.write_text("[1]"), "not SQuAD's layout"),
-    "no data": (lambda path: path.write_text("{}"), "no key 'data' before the first question"),
-    "no paragraphs": (lambda path: broken(path, lambda data: data[0].pop("paragraphs")), "no key 'paragraphs' before"),
+    "missing": (lambda path: None, "No such file"),
+    "a directory": (lambda path: path.mkdir(), "Is a directory"),
+    "no JSON": (lambda path: path.write_text("{"), "give files in SQuAD's format"),
+    "not text": (lambda path: path.write_bytes(b"\xff\xfe\x00"), "give files in SQuAD's format"),
+    "a list": (lambda path: path.write_text("[1]"), "give files in SQuAD's format"),
+    "no data": (lambda path: path.write_text("{}"), "no key 'data'"),
+    "no paragraphs": (lambda path: broken(path, lambda data: data[0].pop("paragraphs")), "no key 'paragraphs'"),
     "no answers": (
-        lambda path: broken(path, lambda data: qa(data, 1).pop("answers")), "no key 'answers' at question q2"),
+        lambda path: broken(path, lambda data: qa(data, 1).pop("answers")), "question 'q2': no key 'answers'"),
     "no id": (lambda path: broken(path, lambda data: qa(data, 1).pop("id")), "no key 'id'"),
-    "a question that is a number": (
-        lambda path: broken(path, lambda data: qa(data).update(question=7)), "not SQuAD's layout"),
     "answers that are a word": (
-        lambda path: broken(path, lambda data: qa(data).update(answers="x")), "not SQuAD's layout"),
+        lambda path: broken(path, lambda data: qa(data).update(answers="x")), "question 'q1': string indices"),
     "an answer elsewhere": (
         lambda path: broken(path, lambda data: qa(data)["answers"][0].update(answer_start=3)),
-        "the answer 'Paris' is not at its answer_start 3 at question q1"),
+        "question 'q1': the answer 'Paris' is not at its answer_start 3; correct it in the file"),
     "an answer before the context": (
         lambda path: broken(path, lambda data: qa(data)["answers"][0].update(answer_start=-6)),
-        "is not at its answer_start"),
+        "the answer 'Paris' is not at its answer_start -6"),
+    "an empty answer": (
+        lambda path: broken(path, lambda data: qa(data)["answers"][0].update(text="")),
+        "the answer '' is not at its answer_start"),
     "no questions": (lambda path: write_squad(path, []), "no questions in it"),
-    "an empty context": (lambda path: write_squad(path, [(" ", [("q1", "Why?", [])])]), "empty context at question q1"),
-    "an id twice": (lambda path: write_squad(path, [*GOOD, *GOOD]), "question id q1 occurs twice"),
+    "an id twice": (lambda path: write_squad(path, [*GOOD, *GOOD]), "or its id is null or occurs twice"),
+    "half a character": (
+        lambda path: broken(path, lambda data: qa(data).update(question="\ud83d?")), "surrogates not allowed"),
 }  # fmt: skip
 
 
+def load(path, tokenizer):
+    args = SimpleNamespace(max_length=384, doc_stride=128, threads=1)
+    return baseline.load_split("train", str(path), tokenizer, args)
+
+
 @pytest.mark.parametrize("case", BAD_FILES)
-def test_bad_files(tmp_path, case):
+def test_bad_files(tmp_path, tokenizer, case):
     make, message = BAD_FILES[case]
     path = tmp_path / "squad.json"
     make(path)
     with pytest.raises(baseline.ScriptError) as error:
-        baseline.read_squad_file(str(path))
-    assert message in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+        load(path, tokenizer)
+    assert error.value.args[1] == 2
+    assert message in error.value.args[0] and str(path) in error.value.args[0] and "\n" not in error.value.args[0]
 
 
-def test_a_damaged_gzip(tmp_path):
+def test_a_damaged_gzip(tmp_path, tokenizer):
     path = tmp_path / "squad.json.gz"
     for content in (b"{}", gzip.compress(b'{"data": []}')[:-9]):
         path.write_bytes(content)
-        with pytest.raises(baseline.ScriptError, match="not JSON"):
-            baseline.read_squad_file(str(path))
+        with pytest.raises(baseline.ScriptError, match="give files in SQuAD's format"):
+            load(path, tokenizer)
 
 
 BAD_OPTIONS = {
-    "--epochs 0": "--epochs: 0 is not at least 1",
-    "--batch-size -3": "--batch-size: -3 is not at least 1",
+    "--epochs 0": "--epochs: 0 is not from 1",
+    "--batch-size -3": "--batch-size: -3 is not from 1",
     "--lr nan": "--lr: nan is not from 0 to 1",
-    "--lr x": "--lr: invalid float value: 'x'",
+    "--lr x": "--lr: invalid number value: 'x'",
     "--precision fp8": "invalid choice: 'fp8'",
-    "--precision tf32": "--precision tf32: this device has none",
+    "--precision tf32": "--precision tf32: not supported by",
+    "--device gpu": "invalid choice: 'gpu'",
     "--unknown": "unrecognized arguments: --unknown",
-    "--max-length 40 --doc-stride 40": "--doc-stride 40, --max-length 40: no room beside question q1",
-    "--max-length 1000": "--max-length 1000: the model's limit is 512",
-    "--train-file x.json": "give both --train-file and --dev-file",
-    "--run a/b": "--run a/b: use letters",
-    "--results FILE": "FILE: cannot be written",
-    "--predictions FILE/x.json": "FILE: cannot be written",
-    "--model nowhere": "--model nowhere: no checkpoint",
+    "--run x": "unrecognized arguments: --run x",  # no abbreviations, which a later version may break
+    "--max-length 40 --doc-stride 40": "question 'q1' has 2 tokens: shorten it, or raise --max-length",
+    "--max-length 1000": "--max-length 1000 is above its limit of 512",
+    "--train-file x.json": "x.json: ",
+    "--run-name a/b": "--run-name a/b: use letters",
+    "--run-name speedup": "and not 'speedup'",
+    "--output-dir FILE": "FILE",
+    "--predictions FILE/x.json": "FILE",
+    "--model nowhere": "--model nowhere: ",
     "--model NOT_BERT": "a gpt2 checkpoint, but this is for BERT only",
-    "--model EMPTY": "no checkpoint",
-    "": "rajpurkar/squad_v2: the hub does not give it",
+    "--model EMPTY": "--model EMPTY: ",
+    "": "rajpurkar/squad_v2: ",
 }
 
 
@@ -97,6 +110,7 @@ BAD_OPTIONS = {
 @pytest.mark.parametrize("line", BAD_OPTIONS)
 def test_bad_options(tmp_path, monkeypatch, script, line):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(distributed.dist, "is_torchelastic_launched", lambda: True)
     (tmp_path / "FILE").write_text("kept")
     (tmp_path / "EMPTY").mkdir()
     (tmp_path / "NOT_BERT").mkdir()
@@ -105,9 +119,9 @@ def test_bad_options(tmp_path, monkeypatch, script, line):
         shutil.copy(f"{ENCODER}/{name}", tmp_path / "NOT_BERT" / name)
     good = [] if line == "" or "--train-file" in line else ["--train-file", write_squad(tmp_path / "good.json", GOOD),
                                                             "--dev-file", str(tmp_path / "good.json")]  # fmt: skip
-    prepare = [] if line == "--precision tf32" else ["--prepare"]  # which asks nothing of a login node's device
+    prepare = [] if line == "--precision tf32" else ["--prepare"]  # which asks nothing of a login node
     monkeypatch.setattr("sys.argv", ["x.py", "--model", ENCODER, *prepare, *good, *line.split()])
-    with pytest.raises(script.ScriptError) as error:
+    with pytest.raises((script.ScriptError, ArgumentError, OSError)) as error:  # those that end as one line
         script.main()
     assert BAD_OPTIONS[line] in str(error.value) and "\n" not in str(error.value)
     assert (tmp_path / "FILE").read_text() == "kept"
@@ -124,21 +138,31 @@ def test_as_a_user_sees_it(tmp_path):
         "baseline.py", ["--train-file", "a.json", "--dev-file", "b.json", "--model", ENCODER], tmp_path
     )
     assert process.returncode == 2
-    assert process.stderr == "baseline.py: error: a.json: cannot be read: No such file or directory\n"
+    assert process.stderr.startswith("baseline.py: error: a.json: ") and "No such file" in process.stderr
+    assert process.stderr.count("\n") == 1
     assert process.stdout == ""
+
+
+def test_an_output_directory_that_cannot_be_made(tmp_path):
+    (tmp_path / "FILE").write_text("kept")
+    process = run_script("baseline.py", ["--sample", "--output-dir", "FILE"], tmp_path)
+    assert process.returncode == 2
+    assert process.stderr.startswith("baseline.py: error: ") and process.stderr.count("\n") == 1
+    assert "FILE" in process.stderr and (tmp_path / "FILE").read_text() == "kept"
 
 
 def test_without_torchrun(tmp_path):
     process = run_script("distributed.py", ["--sample"], tmp_path)
     assert process.returncode == 2
-    assert "torchrun --standalone" in process.stderr and process.stderr.count("\n") == 1
+    assert "start it with torchrun" in process.stderr and process.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--sample", "--batch-size", "1"], "2 workers cannot share batches of 1"),
-        (["--sample", "--train-file", "missing.json"], "missing.json: cannot be read"),
+        (["--sample", "--train-file", "missing.json"], "missing.json: "),
+        (["--sample", "--run-name", "a/b"], "--run-name a/b: use letters"),
     ],
 )
 def test_once_in_a_parallel_run(tmp_path, arguments, message):
@@ -150,9 +174,26 @@ def test_once_in_a_parallel_run(tmp_path, arguments, message):
     assert not list(tmp_path.glob("results/*"))
 
 
+def test_an_error_of_one_rank_ends_all(tmp_path):
+    """The second rank alone does not find its data, as on a node that lacks the file: it is named, with its host."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    os.environ['HF_DATASETS_CACHE'] = 'FILE'\n"
+    )  # fmt: skip
+    (tmp_path / "FILE").write_text("in place of the directory")
+    environment = {"PYTHONPATH": str(tmp_path)}
+    process = run_script("distributed.py", ["--sample"], tmp_path, world_size=2, environment=environment)
+    assert process.returncode != 0
+    line = one_error_line(process, "distributed.py")
+    assert "cannot be used as a cache" in line and "HF_HOME" in line and "(rank 1 on " in line
+    assert "[rank" not in process.stderr
+    assert not list(tmp_path.glob("results/*"))
+
+
 def test_the_launchers_pass_on_the_status(tmp_path):
     for launcher in ("run_baseline.sh", "run_ddp.sh"):
         command = ["bash", ROOT / launcher, "--sample", "--epochs", "0"]
         process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert process.returncode == 2
-        assert process.stderr == "baseline.py: error: --epochs: 0 is not at least 1\n"
+        assert process.stderr == "baseline.py: error: argument --epochs: 0 is not from 1 to inf\n"

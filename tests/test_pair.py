@@ -2,31 +2,29 @@
 
 import ast
 
+import pytest
+from torch.distributed.run import get_args_parser
+
+import baseline
+import distributed
 from conftest import ROOT
 
 # What distribution changes, and why.
 DIFFER = {
-    "build_parser": "--report",
+    "build_parser": "--gradients and --report",
     "log": "only rank 0 speaks",
-    "select_device": "a GPU for each local rank",
-    "synchronize": "a barrier: all ranks start and stop the clock together",
-    "backward": "the weight of a rank's share; one exchange in a step",
-    "read_losses": "the sum over the ranks; all stop at the same step",
-    "optimize": "a rank loads its share of each batch",
-    "write_scalars": "only rank 0 writes",
-    "train": "only rank 0 has a progress bar",
-    "warm_up": "a rank's share",
-    "measure_step": "with and without the exchange; the slowest rank",
+    "set_up_device": "a GPU for each local rank",
     "evaluate": "each question on one rank",
-    "write_atomically": "only rank 0 writes",
-    "write_checkpoint": "all ranks learn whether it could be written",
-    "random_states": "those of all ranks",
+    "save_checkpoint": "the random states of all ranks; only rank 0 writes",
     "load_checkpoint": "a rank's own random state",
-    "start_or_resume": "all ranks must find the same checkpoint",
-    "gather_workers": "the largest times, all hosts",
-    "main": "joining and leaving the group, wrapping in DDP, the report",
+    "train_step": "the weight of a rank's share; one exchange in a step",
+    "warm_up": "a rank's share",
+    "show_steps": "only rank 0 writes",
+    "make_record": "the largest times of all ranks, and all hosts",
+    "main": "joining and leaving the group, wrapping in DDP, agreeing on when to stop, the report",
 }
-ADDED = ["join_group", "explain_timeout", "share_of", "gather"]  # and what follows the heading "scaling"
+ADDED = ["agree", "gather", "share_of", "ExchangeTimer"]  # and the section on scaling
+SECTIONS = ["options", "device", "data", "model", "evaluation", "checkpoints", "training"]
 
 
 def definitions(script):
@@ -36,29 +34,47 @@ def definitions(script):
 
 
 def test_shared_functions_are_the_same_to_the_letter_and_in_order():
-    (baseline, _), (distributed, source) = definitions("baseline.py"), definitions("distributed.py")
-    different = {name for name in baseline if baseline[name] != distributed.get(name)}
-    assert different == set(DIFFER)
-    added = [name for name in distributed if name not in baseline]
-    assert added[: len(ADDED)] == ADDED
-    scaling = source.index("\n# scaling -")
-    assert all(source.index(f"\ndef {name}(") > scaling for name in added[len(ADDED) :])
-    assert [name for name in distributed if name in baseline] == list(baseline)
+    (ours, _), (theirs, source) = definitions("baseline.py"), definitions("distributed.py")
+    assert {name for name in ours if ours[name] != theirs.get(name)} == set(DIFFER)
+    assert [name for name in theirs if name in ours] == list(ours)
+    added, scaling = [name for name in theirs if name not in ours], source.index("\n# scaling -")
+    assert [name for name in added if source.index(theirs[name]) < scaling] == ADDED
 
 
-def test_constants_and_rooms_are_the_same():
+def test_constants_are_the_same():
     def constants(script):
         body = ast.parse((ROOT / script).read_text()).body
-        return {ast.unparse(node) for node in body if isinstance(node, ast.Assign)}
+        return {ast.unparse(node) for node in body if isinstance(node, ast.Assign | ast.AugAssign)}
 
     assert constants("baseline.py") <= constants("distributed.py")
-    rooms = ["options", "processes", "data", "model", "training", "answers", "checkpoints", "record"]
-    headings = [
-        [
-            line.split()[1]
-            for line in (ROOT / script).read_text().splitlines()
-            if line.startswith("# ") and "-----" in line
-        ]
-        for script in ("baseline.py", "distributed.py")
-    ]
-    assert headings == [rooms, [*rooms, "scaling"]]
+
+
+@pytest.mark.parametrize(
+    ("script", "sections"), [("baseline.py", SECTIONS), ("distributed.py", [*SECTIONS, "scaling"])]
+)
+def test_sections_are_in_order(script, sections):
+    lines = (ROOT / script).read_text().splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("# ") and "-----" in line] == sections
+
+
+def long_options(parser):
+    return [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+
+
+@pytest.mark.parametrize("script", [baseline, distributed], ids=["baseline", "distributed"])
+def test_torchrun_takes_no_option_for_its_own(script):
+    """argparse takes the beginning of an option for the option, and refuses the beginning of two."""
+    torchrun = long_options(get_args_parser())
+    for option in long_options(script.build_parser()):
+        meant = [theirs for theirs in torchrun if theirs.startswith(option)]
+        assert option in torchrun or len(meant) < 2, f"{option} could mean torchrun's {meant}"
+
+
+def test_torchrun_passes_every_option_on():
+    arguments = ["--run-name", "x"]
+    for action in distributed.build_parser()._actions:
+        if "--help" not in action.option_strings and action.dest != "run_name":
+            value = [] if action.nargs == 0 else [(action.choices or ["1"])[0]]
+            arguments += [action.option_strings[0], *value]
+    parsed = get_args_parser().parse_args(["--standalone", "--nproc-per-node=2", "distributed.py", *arguments])
+    assert (parsed.training_script, parsed.training_script_args) == ("distributed.py", arguments)
