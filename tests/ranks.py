@@ -10,6 +10,7 @@ import os
 import runpy
 import signal
 import sys
+import time
 from pathlib import Path
 
 from torch.distributed import TCPStore
@@ -54,12 +55,16 @@ class Run:
             self.processes[-1].start()
 
     def wait(self, seconds=600):
-        """Wait for the end of all ranks; kill them if it does not come."""
-        for process in self.processes:
-            process.join(seconds)
-        if any(process.is_alive() for process in self.processes):
+        """Wait for the end of all ranks. Like torchrun, end the others after one has failed."""
+        end = time.monotonic() + seconds
+        while self.is_alive() and not self.status and time.monotonic() < end:
+            time.sleep(0.05)
+        if self.is_alive():
+            self.send(signal.SIGTERM)
+            for process in self.processes:
+                process.join(30)
             self.kill()
-            raise TimeoutError(f"{self.output}{self.error}")
+        assert time.monotonic() < end, f"{self.output}{self.error}"
         return self
 
     def send(self, number):
@@ -88,6 +93,11 @@ class Run:
     def statuses(self):
         """The exit status of each rank."""
         return [process.exitcode for process in self.processes]
+
+    @property
+    def status(self):
+        """An exit status of a rank that failed by itself, else 0."""
+        return max(status or 0 for status in self.statuses)
 
 
 def run_ranks(script, arguments, directory, world_size=None, environment=()):

@@ -194,7 +194,7 @@ def test_the_loss_does_not_see_padding(files, arguments):
         for padding in (0, 50):
             padded = torch.nn.functional.pad(ids, (0, padding))
             inputs = {"input_ids": padded} | {name: torch.tensor([number]) for name, number in numbers.items()}
-            loss, start_logits, _ = baseline.forward(model, inputs, args)
+            loss, start_logits, *_ = baseline.forward(model, inputs, args)
             losses.append(loss.item())
             position = torch.arange(30 + padding)[None]
             theirs = {"attention_mask": (position < 30).long(), "start_positions": inputs["start_position"]}
@@ -445,11 +445,11 @@ def test_a_finished_run_is_left_alone(train, arguments, script, world_size):
     before = contents(directory)
     arguments = [*arguments, "--predictions", "answers.json"]
     run = Run(script, [*arguments, "--checkpoint-every", 2], directory, world_size).wait()  # which changes no result
-    assert set(run.statuses) == {0} and run.error.count("\n") == 1
+    assert run.status == 0 and run.error.count("\n") == 1
     assert run.error.startswith(f"{script}: results/r.json: this run is finished")
     for more, said in ((["--lr", 0.01], "made with lr 0.0005, not 0.01"), (["--epochs", 3], "epochs 2, not 3")):
         run = Run(script, [*arguments, *more], directory, world_size).wait()
-        assert set(run.statuses) == {2} and run.error.count("\n") == 1
+        assert run.status == 2 and run.error.count("\n") == 1
         assert run.error.startswith(f"{script}: error: results/r.json") and said in run.error
     assert contents(directory) == before
 
@@ -487,7 +487,7 @@ NOT_FINITE = "error: stopped: the loss is not finite at step 1; try a lower --lr
 def test_a_loss_that_is_not_finite_stops_the_run(data, infinite, tmp_path, script, world_size):
     for _ in range(3):  # it is printed once, whichever rank is faster
         run = Run(script, [*data, *infinite], tmp_path, world_size).wait()
-        assert set(run.statuses) == {1} and run.error.count("\n") == 1
+        assert run.status == 1 and run.error.count("\n") == 1
         assert without_rank(run.error) == f"{script}: {NOT_FINITE}\n"
     assert not (tmp_path / "results/r.json").exists() and not (tmp_path / "checkpoints/r/model").exists()
 
@@ -522,7 +522,7 @@ def test_an_error_before_the_training_is_printed_once(arguments, tmp_path, case)
     script = change(tmp_path, before=UNREADABLE.format(ranks=set(ranks), more=more))
     for _ in range(3):
         run = Run(script, arguments, tmp_path, 4, {"SLURMD_NODENAME": "node7"}).wait()
-        assert set(run.statuses) == {2} and run.error.count("\n") == 1, run.error
+        assert run.status == 2 and run.error.count("\n") == 1, run.error
         assert run.error.startswith("distributed.py: error: ") and "train.json: no such disk" in run.error
         assert ("(rank" in run.error) == (named is not None)
         assert named is None or run.error.endswith(f" (rank {named} on node7)\n")
