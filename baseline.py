@@ -53,7 +53,6 @@ DEV_SCALARS = {"loss/dev": "dev_loss", "score/exact": "exact", "score/f1": "f1",
 # Options that do not change what is trained: a run can be resumed, and compared, with others.
 NOT_SETTINGS = ["run_name", "output_dir", "checkpoint_every", "evaluate_every", "predictions", "prepare"]
 NOT_SETTINGS += ["device", "device_name", "host", "threads", "report"]
-OLDER_DRIVER = "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cu126 bash run_baseline.sh --prepare"
 
 
 class ScriptError(Exception):
@@ -68,7 +67,7 @@ def bounded(kind, low, high=math.inf):
 
     def number(text):
         if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
         return kind(text)
 
     return number
@@ -170,9 +169,9 @@ def set_up_device(args):
     if allotted and not on_gpu and args.device == "auto" and not args.prepare:  # do not waste hours on the CPU
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         driver = re.search(r"CUDA[\w ]* Version: [\d.]+", subprocess.getoutput("nvidia-smi")) or ["not found"]
-        cannot = f"torch {torch.__version__}, {built}, cannot use the GPU of this job (driver: {driver[0]})"
-        other = "(all builds: https://pytorch.org/get-started/previous-versions); to train on the CPU: --device cpu"
-        raise ScriptError(f"{cannot}; for an older driver: {OLDER_DRIVER} {other}")
+        cannot = f"torch {torch.__version__}, {built}, cannot use the GPU (driver: {driver[0]}); use --device cpu or"
+        older = "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cu126 bash run_baseline.sh --prepare"
+        raise ScriptError(f"{cannot}, for an older driver, {older} (https://pytorch.org/get-started/previous-versions)")
     args.device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
     args.host = os.environ.get("SLURMD_NODENAME", os.uname().nodename)
     cpu_names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) or [os.uname().machine]
@@ -234,9 +233,8 @@ def make_features(batch, indices, tokenizer, max_length, doc_stride):
     if max(question_lengths) >= max_length - 3 - doc_stride:  # the tokenizer itself would panic
         id_ = batch["id"][int(np.argmax(question_lengths))]
         raise ScriptError(f"question {id_!r} has {max(question_lengths)} tokens: shorten it, or raise --max-length")
-    returned = {"return_overflowing_tokens": True, "return_offsets_mapping": True}
-    lengths = {"truncation": "only_second", "max_length": max_length, "stride": doc_stride}
-    windows = tokenizer(questions, batch["context"], **lengths, **returned)
+    options = {"truncation": "only_second", "return_overflowing_tokens": True, "return_offsets_mapping": True}
+    windows = tokenizer(questions, batch["context"], max_length=max_length, stride=doc_stride, **options)
     features, rows = collections.defaultdict(list), windows["overflow_to_sample_mapping"]
     context_starts = [question_lengths[row] + 2 for row in rows]  # not the first [SEP]: the question may contain one
     offsets = [pairs[start:-1] for pairs, start in zip(windows["offset_mapping"], context_starts, strict=True)]
@@ -349,7 +347,7 @@ def load_model(args):
         if lost := sorted(name for name in new if not name.startswith("qa_outputs.")):
             wrapped = sorted(name for name in report["unexpected_keys"] if re.search(r"\b(module|_orig_mod)\.", name))
             hint = f" ({wrapped[0]} is there: save the model that its wrapper holds)" if wrapped else ""
-            raise ValueError(f"{len(lost)} weights are missing or have another shape, first {lost[0]}{hint}")
+            raise ValueError(f"weights are missing or have another shape: {lost[0]}{hint}, {len(lost)} in all")
         digest = hashlib.sha256()
         for name in sorted(model.state_dict().keys() - new):
             digest.update(model.state_dict()[name].numpy())
@@ -677,11 +675,11 @@ def main():
                 quality, answers = evaluate(model, *dev, args)
             for tag, name in DEV_SCALARS.items():
                 writer.add_scalar(tag, quality[name], step)
-            log("dev set after step {}: loss {dev_loss:.3f}, EM {exact:.1f}, F1 {f1:.1f}".format(step, **quality))
-            log(f"best spans of the answerable questions alone: F1 {quality['best_span_f1'] or 0:.1f}")
+            shown = ", ".join(f"{name} {quality[name] or 0:.1f}" for name in ("exact", "f1", "best_span_f1"))
+            log(f"dev set after step {step}: dev_loss {quality['dev_loss']:.3f}, {shown}")
             unanswered = 100 * dev_facts["dev_impossible"] / dev_facts["dev_questions"]
             if quality["best_f1"] < unanswered + 3:
-                log(f"it has not learned when to answer yet: leaving all questions unanswered scores {unanswered:.1f}")
+                log(f"not learned to answer yet: leaving all questions unanswered scores {unanswered:.1f}")
             clock = time.perf_counter()
         if (stop or save_now) and not last_step:
             save_checkpoint(run_path / "last.pt", settings, progress, model, optimizer)

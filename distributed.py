@@ -51,8 +51,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, BertForQuestionAnswering
 
 HERE = Path(__file__).resolve().parent
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
 TIMEOUT = timedelta(minutes=30)  # for a rank that the others wait for
 HUB_DATASET = "rajpurkar/squad_v2"
 LOG_EVERY = {"cpu": 1, "cuda": 20}  # steps; reading a loss makes the host wait for the GPU, so not at every step
@@ -61,7 +60,6 @@ DEV_SCALARS = {"loss/dev": "dev_loss", "score/exact": "exact", "score/f1": "f1",
 # Options that do not change what is trained: a run can be resumed, and compared, with others.
 NOT_SETTINGS = ["run_name", "output_dir", "checkpoint_every", "evaluate_every", "predictions", "prepare"]
 NOT_SETTINGS += ["device", "device_name", "host", "threads", "report"]
-OLDER_DRIVER = "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cu126 bash run_baseline.sh --prepare"
 
 
 class ScriptError(Exception):
@@ -76,7 +74,7 @@ def bounded(kind, low, high=math.inf):
 
     def number(text):
         if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
         return kind(text)
 
     return number
@@ -181,9 +179,9 @@ def set_up_device(args):
     if allotted and not on_gpu and args.device == "auto" and not args.prepare:  # do not waste hours on the CPU
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         driver = re.search(r"CUDA[\w ]* Version: [\d.]+", subprocess.getoutput("nvidia-smi")) or ["not found"]
-        cannot = f"torch {torch.__version__}, {built}, cannot use the GPU of this job (driver: {driver[0]})"
-        other = "(all builds: https://pytorch.org/get-started/previous-versions); to train on the CPU: --device cpu"
-        raise ScriptError(f"{cannot}; for an older driver: {OLDER_DRIVER} {other}")
+        cannot = f"torch {torch.__version__}, {built}, cannot use the GPU (driver: {driver[0]}); use --device cpu or"
+        older = "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cu126 bash run_baseline.sh --prepare"
+        raise ScriptError(f"{cannot}, for an older driver, {older} (https://pytorch.org/get-started/previous-versions)")
     if on_gpu and torch.cuda.device_count() <= LOCAL_RANK:
         raise ScriptError(f"more workers than the {torch.cuda.device_count()} GPUs of this node")
     args.device = torch.device("cuda", LOCAL_RANK) if on_gpu else torch.device("cpu")
@@ -206,10 +204,8 @@ def set_up_device(args):
 
 
 def agree(error="", status=2):
-    """Print an error once, and end all ranks. Every rank comes here before the training, with an error or without.
-
-    torchrun's store is there before the ranks have joined a group, and after that has failed.
-    """
+    """Print an error once, and end all ranks. Every rank comes here before the training, with an error or without."""
+    # torchrun's store is there before the ranks have joined a group, and after that has failed.
     if not dist.is_torchelastic_launched():
         return
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=TIMEOUT)
@@ -310,9 +306,8 @@ def make_features(batch, indices, tokenizer, max_length, doc_stride):
     if max(question_lengths) >= max_length - 3 - doc_stride:  # the tokenizer itself would panic
         id_ = batch["id"][int(np.argmax(question_lengths))]
         raise ScriptError(f"question {id_!r} has {max(question_lengths)} tokens: shorten it, or raise --max-length")
-    returned = {"return_overflowing_tokens": True, "return_offsets_mapping": True}
-    lengths = {"truncation": "only_second", "max_length": max_length, "stride": doc_stride}
-    windows = tokenizer(questions, batch["context"], **lengths, **returned)
+    options = {"truncation": "only_second", "return_overflowing_tokens": True, "return_offsets_mapping": True}
+    windows = tokenizer(questions, batch["context"], max_length=max_length, stride=doc_stride, **options)
     features, rows = collections.defaultdict(list), windows["overflow_to_sample_mapping"]
     context_starts = [question_lengths[row] + 2 for row in rows]  # not the first [SEP]: the question may contain one
     offsets = [pairs[start:-1] for pairs, start in zip(windows["offset_mapping"], context_starts, strict=True)]
@@ -425,7 +420,7 @@ def load_model(args):
         if lost := sorted(name for name in new if not name.startswith("qa_outputs.")):
             wrapped = sorted(name for name in report["unexpected_keys"] if re.search(r"\b(module|_orig_mod)\.", name))
             hint = f" ({wrapped[0]} is there: save the model that its wrapper holds)" if wrapped else ""
-            raise ValueError(f"{len(lost)} weights are missing or have another shape, first {lost[0]}{hint}")
+            raise ValueError(f"weights are missing or have another shape: {lost[0]}{hint}, {len(lost)} in all")
         digest = hashlib.sha256()
         for name in sorted(model.state_dict().keys() - new):
             digest.update(model.state_dict()[name].numpy())
@@ -534,8 +529,7 @@ def evaluate(model, questions, features, args):
     """Return the figures of the dev set, and the answers in the order of the questions."""
     model.eval()
     indices, size = np.argsort(features["length"][:], kind="stable"), min(args.micro_batch_size or 48, 48)
-    # All windows of a question go to the same rank.
-    indices = indices[np.array(features["question_index"][:])[indices] % WORLD_SIZE == RANK]
+    indices = indices[np.array(features["question_index"][:])[indices] % WORLD_SIZE == RANK]  # a question on one rank
     batches = np.split(indices, range(size, len(indices), size))
     loss_sum, spans = torch.zeros((), device=args.device), [torch.zeros((0, 4), device=args.device)]
     for (inputs,) in load_batches(features, batches, args):
@@ -685,15 +679,16 @@ def make_record(args, settings, progress, quality):
 SAME_WORK = ["model_sha256", "parameters", "random_init", "train_sha256", "dev_sha256", "trained_features"]
 SAME_WORK += ["trained_tokens", "max_length", "doc_stride", "precision", "compile", "dropout", "weight_decay"]
 SAME_WORK += ["warmup", "max_grad_norm", "device", "torch", "transformers", "threads"]
-# Runs that agree in these, too, are repetitions: a row of the table.
-SAME_ROW = ["script", "world_size", "nodes", "batch_size", "gradients", "micro_batch_size", "lr", *SAME_WORK]
+UNSEEN = ["micro_batch_size", "lr", "sample", *SAME_WORK]  # in no column of the table; a letter stands for them
+SAME_ROW = ["script", "gradients", "world_size", "nodes", "batch_size", *UNSEEN]  # of repetitions
+COUNTS = ["world_size", "nodes", "batch_size", "steps", "parameters", "trained_features"]
 PARTS = ["exchange", "waiting", "input"]  # of the training seconds
 MEDIANS = ["train", "total", *PARTS, "train_loss", "dev_loss", "exact", "f1", "best_f1", "best_span_f1"]
 COLUMNS = {  # of the table: (key of a row, format)
-    "mode": ("mode", "{}"), "workers": ("world_size", "{}"), "nodes": ("nodes", "{}"), "batch": ("batch_size", "{}"),
-    "n": ("n", "{}"), "train s": ("train", "{:.1f}"), "features/s": ("features_per_s", "{:.1f}"),
+    "mode": ("label", "{}"), "workers": ("world_size", "{}"), "nodes": ("nodes", "{}"), "batch": ("batch_size", "{}"),
+    "n": ("n", "{}"), "train s": ("train", "{:.1f}"), "feat./s": ("features_per_s", "{:.1f}"),
     "speedup": ("speedup", "{:.2f}"), "efficiency": ("efficiency", "{:.1%}"), "exchange": ("exchange_share", "{:.0%}"),
-    "waiting": ("waiting_share", "{:.0%}"), "F1": ("f1", "{:.1f}"), "span F1": ("best_span_f1", "{:.1f}"),
+    "wait": ("waiting_share", "{:.0%}"), "F1": ("f1", "{:.1f}"), "span F1": ("best_span_f1", "{:.1f}"),
 }  # fmt: skip
 MODES = ["strong", "weak", "other batch"]  # the baseline's batch, its batch per worker, any
 SCATTER = 0.03  # of the times of equal runs, assumed where they do not show more
@@ -707,15 +702,17 @@ def read_records(directory):
             run = json.loads(path.read_text())
             for section in ("workers", "settings", "environment", "seconds", "quality"):
                 run |= run.pop(section)
-            run |= {name: math.nan if run[name] is None else float(run[name]) for name in MEDIANS}
-            if run["schema"] != 2 or not 0 < run["train"] <= run["total"] < math.inf or run["steps"] < 1:
-                raise ValueError("of another schema than 2, or with impossible times; run it again")
-            run["threads"] = None if run["nccl"] else run["threads"]  # GPUs compute
+            run |= {name: bounded(int, 1)(run[name]) for name in COUNTS}
+            run |= {name: math.nan if run[name] is None else bounded(float, 0, 1e12)(run[name]) for name in MEDIANS}
+            if run["schema"] != 2 or not 0 < run["train"] <= run["total"]:
+                raise ValueError("another schema, or impossible times")
+            run |= {"nccl": run["nccl"] or "", "threads": None if run["nccl"] else run["threads"]}  # GPUs compute
             run |= {name: "-" if run[name] is None else run[name] for name in SAME_ROW}  # groupby() drops null keys
-            run["commit"] = f"{run['git_commit']}{' changed' * bool(run['git_dirty'])}"
+            run["commit"] = f"{run['git_commit'] or 'unknown':.10}{' with changes' * bool(run['git_dirty'])}"
+            scaling_rows(pd.DataFrame([run]))  # an error if something else is missing or of another type
             runs.append(run)
         except Exception as error:
-            log(f"{path}: skipped, not a timing record: {error!r}")
+            log(f"{path}: skipped, not a timing record of schema 2 ({error!r}); remove it, or run it again")
     if not runs:
         raise ScriptError(f"{directory}: no timing records; make some with run_baseline.sh and run_ddp.sh")
     return pd.DataFrame(runs)
@@ -733,129 +730,124 @@ def scaling_rows(runs):
 
     Speedup S = T1 / Tp, efficiency E = S / p, serial fraction e = (1/S - 1/p) / (1 - 1/p) (Karp and Flatt, 1990).
     """
-    rows, letters = [], iter(string.ascii_lowercase)
+    rows, letters = [], {"": ""}
     for _, group in runs.groupby(SAME_ROW, sort=False):
         group = group[group["resumed"] == group["resumed"].min()]  # interrupted runs count if there are no others
         row = group.iloc[0].to_dict() | group[MEDIANS].median().to_dict()
-        row |= {"runs": list(group["run_name"]), "n": len(group), "range": (group["train"].min(), group["train"].max())}
-        rows.append(row | {"commits": sorted(set(group["commit"])), "remark": "no ratio: run baseline.py, too"})
+        row |= {name: sorted(set(group[name].explode())) for name in ("run_name", "hosts", "commit")}
+        row |= {"n": len(group), "range": (group["train"].min(), group["train"].max()), "remark": None}
+        rows.append(row | {"speedup": math.nan, "efficiency": math.nan})
     for row in rows:
-        p, mode = row["world_size"], "DDP"
+        p, mode, (low, high) = row["world_size"], "DDP", row["range"]
         row |= {"features_per_s": row["trained_features"] / row["train"], "worker_hours": p * row["train"] / 3600}
         row |= {f"{part}_share": row[part] / row["train"] for part in PARTS}
         baselines = [(*compare(row, base), base) for base in rows if base["script"] == "baseline"]
         for _, number, _, differing, base in sorted(baselines, key=lambda compared: compared[:3])[:1]:
-            row["remark"] = f"no ratio: {', '.join(differing)}" if differing else None
+            row["remark"] = f"no ratio: {', '.join(differing)}"
             if not differing:
-                mode, (low, high) = MODES[number], row["range"]
-                row |= {"base": base["runs"], "speedup": base["train"] / row["train"]}
+                mode = MODES[number]
+                row |= {"base": base["run_name"], "speedup": base["train"] / row["train"]}
                 row |= {"efficiency": row["speedup"] / p, "end_to_end_speedup": base["total"] / row["total"]}
                 row["speedup_range"] = base["range"][0] / high, base["range"][1] / low
-                row["remark"] = explain_loss(row, base, mode)
-        if mode == "strong" and p > 1:
-            row["serial_fraction"] = (1 / row["speedup"] - 1 / p) / (1 - 1 / p)
+                row["remark"] = explain_loss(row, base, mode) if row["script"] != "baseline" else None
+        row["serial_fraction"] = (1 / row["speedup"] - 1 / p) / (1 - 1 / p) if mode == "strong" and p > 1 else math.nan
         row["mode"] = "baseline" if row["script"] == "baseline" else mode + " bf16" * (row["gradients"] == "bf16")
-        row["name"] = f"{p} worker{'s' * (p > 1)} on {row['nodes']} node{'s' * (row['nodes'] > 1)}, {row['mode']}"
-    rows.sort(key=lambda row: (row["script"], row["mode"], row["world_size"], row["nodes"]))
-    for row in rows:  # those that would look the same get a letter
-        alike = [of for of in rows if (of["name"], of["batch_size"]) == (row["name"], row["batch_size"])]
-        if differing := [name for name in SAME_ROW if len({of[name] for of in alike}) > 1]:
-            row["mode"] += f" {(letter := next(letters))}"
-            row["mark"] = f"{letter}: {', '.join(f'{name} {row[name]}' for name in differing)}"
+    rows.sort(key=lambda row: (row["script"], row["mode"], row["batch_size"], row["world_size"], row["nodes"]))
+    usual = {name: collections.Counter(row[name] for row in rows).most_common(1)[0][0] for name in UNSEEN}
+    for row in rows:
+        p, batch, n = row["world_size"], row["batch_size"], len(letters) - 1
+        row["apart"] = ", ".join(f"{name} {row[name]}" for name in UNSEEN if row[name] != usual[name])
+        row["label"] = row["mode"] + letters.setdefault(row["apart"], f" {string.ascii_letters[n : n + 1] or n}")
+        row["name"] = f"{p} worker{'s' * (p > 1)} on {row['nodes']} node{'s' * (row['nodes'] > 1)}, {row['label']}"
+        row["study"] = row["label"] + (f", {batch // p} each" if row["mode"].startswith("weak") else f", batch {batch}")
     return rows
 
 
 def explain_loss(row, base, mode):
     """Return a sentence on the largest part of a row's lost efficiency, or None if equal runs scatter by as much."""
-    p, seconds, steps = row["world_size"], row["train"], row["steps"]
+    p, seconds, steps, on_gpu = row["world_size"], row["train"], row["steps"], row["nccl"] != ""
     rest, base_rest = (of["train"] - np.nansum([of[part] for part in PARTS]) for of in (row, base))
-    lost = {part: row[part] - np.nan_to_num(base[part]) / p for part in PARTS} | {"rest": rest - base_rest / p}
+    lost = {part: np.nansum([row[part], -base[part] / p]) for part in PARTS} | {"rest": rest - base_rest / p}
     cause, base_step = max(lost, key=lost.get), base_rest / base["steps"]
     scatter = max(SCATTER, *((of["range"][1] - of["range"][0]) / of["train"] for of in (row, base)))
-    if row["efficiency"] > 1 and row["script"] != "baseline":
-        where = "inside" if row["speedup_range"][0] <= p else "outside"
-        text = f"efficiency above 100 %, {where} the range of the runs; likely causes: a baseline that is not the best "
-        return text + "(try other --micro-batch-size), a share of the batch that fits a cache, a busy machine"
-    if row["script"] == "baseline" or min(lost[cause] / seconds, 1 - row["efficiency"]) <= scatter:
+    if row["efficiency"] > 1:
+        text = f"efficiency above 100%, {'beyond' if row['efficiency'] > 1 + scatter else 'within'} the scatter of runs"
+        return f"{text}; likely causes: a poor baseline (--micro-batch-size), batches that fit a cache, a busy machine"
+    if min(lost[cause] / seconds, 1 - row["efficiency"]) <= scatter:
         return None
-    if cause == "rest" and row["nccl"] and mode == "strong" and rest / steps > (1 + 1 / p) / 2 * base_step:
+    if cause == "rest" and on_gpu and mode == "strong" and rest / steps > (1 + 1 / p) / 2 * base_step:
         cause = "host"
-    size, bf16 = (4, "--gradients bf16, or ") if row["gradients"] == "fp32" else (2, "")
-    sockets = "; NCCL_DEBUG=INFO shows whether it uses plain sockets" if row["nodes"] > 1 and row["nccl"] else ""
-    doing = {
-        "exchange": f"exchange of {size * row['parameters'] / 1e6:.0f} MB of gradients; try {bf16}a larger --batch-size "
+    size, bf16 = (4e-6, "--gradients bf16, or ") if row["gradients"] == "fp32" else (2e-6, "")
+    sockets = "; NCCL_DEBUG=INFO shows whether it uses plain sockets" * (on_gpu and row["nodes"] > 1)
+    spent = {
+        "exchange": f"spent exchanging {size * row['parameters']:.0f} MB of gradients; try {bf16}a larger --batch-size "
         f"(weak scaling){sockets}",
-        "waiting": "waiting for slower ranks; look for a slow or busy device or node",
-        "input": "waiting for input; put HF_HOME on a faster disk",
-        "host": f"computing that does not shrink with the workers ({base_step:.3g} s per step on one): with small "
-        "batches, a GPU waits for its host; try --compile or a larger --batch-size; the network is not to blame",
+        "waiting": "spent waiting for slower ranks; look for a slow or busy device or node",
+        "input": "spent waiting for input; put HF_HOME on a faster disk",
+        "host": f"spent on computing that does not shrink with the workers ({base_step:.3g} s per step on one): with "
+        f"small batches, a GPU waits for its host; try {'' if row['compile'] else '--compile or '}a larger "
+        "--batch-size; the network is not to blame",
         "rest": "not explained; in strong scaling usually smaller batches per worker, on one CPU also cores that share "
         "caches and memory (two baselines side by side show it)",
     }
-    return f"{lost[cause] / seconds:.0%} of the time ({lost[cause] / steps:.3g} s per step) is {doing[cause]}"
+    return f"{lost[cause] / seconds:.0%} of the time ({lost[cause] / steps:.3g} s per step) is {spent[cause]}"
 
 
-def draw_scaling(rows, e):
+def draw_scaling(table, fits):
     """Return a figure of speedup and efficiency over workers, with the range of the runs, for a column of print."""
     os.environ["MPLBACKEND"] = "agg"  # whatever the user has set for windows
     from matplotlib.figure import Figure  # slow to import, and only needed here
 
-    figure, series = Figure(figsize=(3.5, 5), layout="constrained"), collections.defaultdict(list)
-    for row in rows:
-        series[row["mode"] + f", {row['nodes']} nodes" * (row["nodes"] > 1)].append(row)
-    p, (top, bottom) = np.geomspace(1, max(row["world_size"] for row in rows), 100), figure.subplots(2, 1, sharex=True)
-    curves = {"ideal": p} | ({f"Amdahl's law, e = {e:.3g}": 1 / (e + (1 - e) / p)} if e else {})
-    for axis, is_top in ((top, True), (bottom, False)):
-        for (label, speedup), style in zip(curves.items(), ("--", ":"), strict=False):
-            axis.plot(p, speedup / (1 if is_top else p), style, color="0.4", linewidth=1, label=label)
-        for number, (label, points) in enumerate(series.items()):
-            workers, speedup = (np.array([point[key] for point in points]) for key in ("world_size", "speedup"))
-            low, high = np.array([point["speedup_range"] for point in points]).T
-            scale, ranges = 1 if is_top else workers, np.maximum([speedup - low, high - speedup], 0)
+    figure, p = Figure(figsize=(3.5, 6), layout="constrained"), np.geomspace(1, table["world_size"].max(), 100)
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    curves = {"ideal": p} | {f"Amdahl, e = {e:.3g}": 1 / (e + (1 - e) / p) for e in fits.values()}
+    for axis, name in ((top, "speedup"), (bottom, "efficiency")):
+        for number, (label, speedup) in enumerate(curves.items()):
+            axis.plot(p, speedup if axis is top else speedup / p, dashes=[6 / 4**number, 2], color="0.4", label=label)
+        for number, ((study, nodes), points) in enumerate(table.groupby(["study", "nodes"], sort=False)):
             style = {"fmt": "so^vDP*Xd<>ph"[number % 13] + "-", "color": f"{0.2 * (number % 4)}", "mfc": "white"}
-            axis.errorbar(workers, speedup / scale, ranges / scale, capsize=3, linewidth=1, label=label, **style)
+            style |= {"capsize": 3, "linewidth": 1, "label": study + f", {nodes} nodes" * (nodes > 1)}
+            ranges = np.array([*points["speedup_range"]]).T / points["speedup"].to_numpy()  # relative, the same in both
+            axis.errorbar(points["world_size"], points[name], abs(ranges - 1) * points[name].to_numpy(), **style)
+        axis.set_ylabel(name)
         axis.grid(color="0.9")
-    bottom.set(xlabel="workers", ylabel="efficiency", ylim=(0, None))
-    top.set(ylabel="speedup")
-    top.set_xscale("log", base=2)
-    top.set_yscale("log", base=2)
+    top.loglog(base=2)
+    bottom.set(xlabel="workers", ylim=(0, 1.1 * bottom.get_ylim()[1]))
     for axis in (top.xaxis, top.yaxis):
         axis.set_major_formatter("{x:g}")
-    figure.legend(*top.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="x-small")
+    figure.legend(*top.get_legend_handles_labels(), loc="outside lower center", fontsize="x-small")
     return figure
 
 
 def report(args):
     """Print the scaling table of the records in --output-dir; write speedup.json and the figure beside them."""
-    directory, logs = Path(args.output_dir) / "results", Path(args.output_dir) / "logs/scaling"
-    rows = scaling_rows(read_records(directory))
-    table, texts, e = pd.DataFrame(rows), [row["mark"] for row in rows if "mark" in row], None
-    strong = [row for row in rows if row["mode"] == "strong" and row["world_size"] > 1]
-    if len({row["world_size"] for row in strong}) > 1 and min(row["speedup"] for row in strong) > 1:
-        weights = [(1 - 1 / row["world_size"]) ** 2 for row in strong]  # least squares of 1/S
-        e = max(0, np.average([row["serial_fraction"] for row in strong], weights=weights))
+    results, logs = Path(args.output_dir) / "results", Path(args.output_dir) / "logs/scaling"
+    rows, fits = scaling_rows(read_records(results)), {}
+    table, commits = pd.DataFrame(rows), ", ".join(sorted({commit for row in rows for commit in row["commit"]}))
+    texts = list(dict.fromkeys(f"{row['label'].split()[-1]}: {row['apart']}" for row in rows if row["apart"]))
     texts += [f"{row['name']}: {row['remark']}" for row in rows if row["remark"]]
     texts += [f"{row['name']}: was interrupted; its seconds are those of all parts" for row in rows if row["resumed"]]
+    texts += [] if (table["script"] == "baseline").any() else ["no ratios without a baseline: start run_baseline.sh"]
     texts += ["n = 1: one run does not show how much equal runs scatter"] if (table["n"] == 1).any() else []
-    commits = sorted(set(table["commits"].sum()))
-    texts += [f"the scripts were of different commits: {', '.join(commits)}"] if len(commits) > 1 else []
-    texts += [f"Amdahl's law fitted to the strong rows: e = {e:.3g}, so a speedup below {1 / e:.3g}"] if e else []
-    trained = table[["model", "parameters", "precision", "device"]].drop_duplicates()
-    for model, parameters, precision, device in trained.itertuples(index=False):
-        print(f"{model}, {parameters / 1e6:.1f} M parameters, {precision}, on {device}")
-    print(f"hosts: {', '.join(sorted(set(table['hosts'].sum())))}\n")
-    shown = pd.DataFrame({heading: table.get(key) for heading, (key, _) in COLUMNS.items()})
+    texts += [f"the scripts were not all of one clean commit: {commits}"] if " " in commits else []
+    for study, strong in table[table["serial_fraction"].notna()].groupby("study", sort=False):
+        e = np.average(strong["serial_fraction"], weights=(1 - 1 / strong["world_size"]) ** 2)  # least squares of 1/S
+        if strong["world_size"].nunique() > 1 and strong["speedup"].min() > 1 and e > 0:
+            fits[study] = e
+            texts.append(f"Amdahl's law fitted to {study}: e = {e:.3g}, so a speedup below {1 / e:.3g}")
+    print(*sorted({"{model}, {parameters:,} parameters, {precision}, {device}".format(**of) for of in rows}), sep="\n")
+    print(f"hosts: {', '.join(sorted(set(table['hosts'].explode())))}\n")
+    shown = pd.DataFrame({of: table[key].map(form.format, na_action="ignore") for of, (key, form) in COLUMNS.items()})
     shown = shown.drop(columns="F1" if table["sample"].all() else "span F1")
-    formats = {heading: layout.format for heading, (_, layout) in COLUMNS.items()}
-    print(shown.to_string(index=False, na_rep="-", formatters=formats), "", *texts, sep="\n")
-    write(directory / "speedup.json", {"rows": json.loads(table.to_json(orient="records")), "remarks": texts})
-    if "speedup" in table and (table["script"] != "baseline").any():
-        figure = draw_scaling([row for row in rows if "speedup" in row], e)
+    print(shown.to_string(index=False, na_rep="-"), "", *texts, sep="\n")
+    write(results / "speedup.json", {"rows": json.loads(table.to_json(orient="records")), "texts": texts, "fits": fits})
+    if table["speedup"].notna()[table["script"] != "baseline"].any():
+        figure = draw_scaling(table.dropna(subset="speedup"), fits)
         for suffix in ("png", "svg"):
-            figure.savefig(directory / f"speedup.{suffix}", dpi=300)
+            figure.savefig(results / f"speedup.{suffix}", dpi=300)
         with SummaryWriter(logs) as writer:
             writer.add_figure("scaling", figure)
-        print(f"{directory}/speedup.json, .png and .svg; in TensorBoard: {logs}")
+        print(f"{results}/speedup.json, .png and .svg; in TensorBoard: {logs}")
 
 
 def main():
@@ -914,7 +906,6 @@ def main():
     torch._dynamo.config.optimize_ddp = False  # it would split the layers, which are compiled one by one
     ddp_model = DistributedDataParallel(
         model,
-        device_ids=[args.device] if on_gpu else None,
         forward_sync_buffers=False,  # BERT's never change
         gradient_as_bucket_view=True,  # no second copy of the gradients
         batched_grad_copy=True,  # with a hook in Python, DDP would copy them to the buckets one by one
@@ -955,10 +946,9 @@ def main():
         save_now = args.checkpoint_every and step % args.checkpoint_every == 0
         if step % LOG_EVERY[args.device.type] and not (evaluate_now or save_now):
             continue
-        # Here the host waits for the device, and the ranks agree on whether one of them was asked to stop.
         sums = torch.stack([*pending, torch.full_like(pending[0], len(stop_requests))])
-        dist.all_reduce(sums)
-        *losses, stop = sums.tolist()
+        dist.all_reduce(sums)  # the ranks stop together
+        *losses, stop = sums.tolist()  # here the host waits for the device
         timer.add_to(seconds)
         first, last_clock, clock, pending = step - len(losses), clock, time.perf_counter(), []
         seconds["train"] += clock - last_clock
@@ -972,11 +962,11 @@ def main():
                 quality, answers = evaluate(model, *dev, args)
             for tag, name in DEV_SCALARS.items() if RANK == 0 else ():
                 writer.add_scalar(tag, quality[name], step)
-            log("dev set after step {}: loss {dev_loss:.3f}, EM {exact:.1f}, F1 {f1:.1f}".format(step, **quality))
-            log(f"best spans of the answerable questions alone: F1 {quality['best_span_f1'] or 0:.1f}")
+            shown = ", ".join(f"{name} {quality[name] or 0:.1f}" for name in ("exact", "f1", "best_span_f1"))
+            log(f"dev set after step {step}: dev_loss {quality['dev_loss']:.3f}, {shown}")
             unanswered = 100 * dev_facts["dev_impossible"] / dev_facts["dev_questions"]
             if quality["best_f1"] < unanswered + 3:
-                log(f"it has not learned when to answer yet: leaving all questions unanswered scores {unanswered:.1f}")
+                log(f"not learned to answer yet: leaving all questions unanswered scores {unanswered:.1f}")
             dist.barrier()
             clock = time.perf_counter()
         if (stop or save_now) and not last_step:

@@ -281,7 +281,7 @@ def drop_post_processor(directory):
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:53aa51172d142c89d9012cce15ae4d6c\nsize 90868376\n"
-FIRST = "first bert.embeddings.LayerNorm.bias"
+FIRST = "bert.embeddings.LayerNorm.bias"
 WIDE = "bert.encoder.layer.1.output.dense.weight"
 
 
@@ -301,17 +301,17 @@ CHECKPOINTS = {
         {}, None),
     "no head": (rename_weights(lambda name: None if name.startswith("qa_outputs") else name), {}, None),
     "saved by DDP": (
-        rename_weights("module.{}".format), {}, f"37 weights are missing or have another shape, {FIRST} (module.bert."),
+        rename_weights("module.{}".format), {}, f"weights are missing or have another shape: {FIRST} (module.bert."),
     "saved compiled": (
-        rename_weights("_orig_mod.{}".format), {}, f"another shape, {FIRST} (_orig_mod.bert."),
+        rename_weights("_orig_mod.{}".format), {}, f"another shape: {FIRST} (_orig_mod.bert."),
     "saved by DDP, compiled": (
-        rename_weights("module._orig_mod.{}".format), {}, f"another shape, {FIRST} (module._orig_mod.bert."),
+        rename_weights("module._orig_mod.{}".format), {}, f"another shape: {FIRST} (module._orig_mod.bert."),
     "saved with compiled layers": (
         rename_weights(lambda name: name.replace("layer.1.", "layer.1._orig_mod.")), {},
-        "first bert.encoder.layer.1.attention.output.LayerNorm.bias (bert.encoder.layer.1._orig_mod."),
-    "a weight missing": (rename_weights(lambda name: None if name == WIDE else name), {}, f"first {WIDE};"),
-    "another shape": (replace_weight(WIDE, torch.zeros(3, 64)), {}, f"another shape, first {WIDE};"),
-    "all of another model": (rename_weights("decoder.{}".format), {}, f"another shape, {FIRST};"),
+        "shape: bert.encoder.layer.1.attention.output.LayerNorm.bias (bert.encoder.layer.1._orig_mod."),
+    "a weight missing": (rename_weights(lambda name: None if name == WIDE else name), {}, f"shape: {WIDE}, 1 in all;"),
+    "another shape": (replace_weight(WIDE, torch.zeros(3, 64)), {}, f"another shape: {WIDE}, 1 in all;"),
+    "all of another model": (rename_weights("decoder.{}".format), {}, f"another shape: {FIRST}, 37 in all;"),
     "weights cut": (rewrite("model.safetensors", lambda content: content[: len(content) // 2]), {}, "deserializing"),
     "weights cut early": (rewrite("model.safetensors", lambda content: content[:100]), {}, "deserializing"),
     "weights empty": (rewrite("model.safetensors", b""), {}, "deserializing"),
