@@ -734,7 +734,7 @@ def scaling_rows(runs):
     for _, group in runs.groupby(SAME_ROW, sort=False):
         group = group[group["resumed"] == group["resumed"].min()]  # interrupted runs count if there are no others
         row = group.iloc[0].to_dict() | group[MEDIANS].median().to_dict()
-        row |= {name: sorted(set(group[name].explode())) for name in ("run_name", "hosts", "commit")}
+        row |= {name: sorted(set(group[name].explode().astype(str))) for name in ("run_name", "hosts", "commit")}
         row |= {"n": len(group), "range": (group["train"].min(), group["train"].max()), "remark": None}
         rows.append(row | {"speedup": math.nan, "efficiency": math.nan})
     for row in rows:

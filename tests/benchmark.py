@@ -1,34 +1,35 @@
-"""Measure the scripts beside what one would use instead, and where their time and memory go.
+"""Measure the scripts, beside what one would use instead, and what limits them.
 
-    pip install accelerate                                 the Trainer wants it
-    python tests/benchmark.py                              three rounds of the first three parts, on the embedded sample
-    python tests/benchmark.py --squad DIR --steps 50       on DIR/train-v2.0-subset.json.gz
-    python tests/benchmark.py --only scaling --rounds 5    one part
+    python tests/benchmark.py --only scaling               three rounds on the sample
+    python tests/benchmark.py --only trainer --train-file train-v2.0.json
+    python tests/benchmark.py --only network --keep results/slow-network       as root, with iproute2
 
 The parts:
-    trainer    baseline.py and transformers' Trainer in three recipes
-    scaling    distributed.py on two workers and on one, and baseline.py; a worker is one thread
-    data       tokenising, the second start, decoding and scoring the whole dev set
-    growth     time and memory of few steps and of all those of an epoch, with a tiny model (wants --squad)
-    memory     the peak over what weights, gradients, optimizer and activations add up to, on the longest features
-    profile    the FLOP/s of some steps beside those of a matrix product alone, and what takes the most time
-    device     every precision, compiled and not, with three batch sizes: BERT-base with random weights on a GPU, the
-               packaged encoder on a CPU; and a profile of some steps (wants --squad)
+    trainer    baseline.py and transformers' Trainer in three recipes, on the same questions (pip install accelerate)
+    scaling    the sample by baseline.py, by one and two workers of one thread, and by two baselines side by side
+    data       reading and tokenizing, the second start, decoding and scoring the whole dev set
+    growth     time and memory of few steps and of a whole epoch, with a tiny model
+    memory     the peak beside what weights, gradients, optimizer and activations add up to
+    device     every precision, compiled or not, with three batch sizes: BERT-base with random weights on a GPU, the
+               packaged encoder on a CPU
+    network    an epoch of some of the sample's questions by two workers in network namespaces, joined by a link that
+               is not shaped, and by slow ones
 
-All contestants run once a round, in rotating order; a ratio is that of two runs of one round. All runs of the first two
-parts train on the same features, each of them once: random questions that make exactly --steps batches are cut
-beforehand. The Trainer's first step allocates within its time, the scripts' before it. All parts but the last three
+All contestants run once a round, in rotating order; a ratio is that of two runs of one round. All parts but "device"
 use the CPU alone.
 """
 
 import argparse
-import collections
+import concurrent.futures
+import contextlib
 import functools
-import importlib.util
+import itertools
 import json
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -37,463 +38,495 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pandas as pd
 import torch
-import torch.utils.benchmark
 import transformers
-import transformers.trainer_pt_utils
 
-from conftest import DEV_SET, ENCODER, GPUS, ROOT, TINY, cut_sample, run_script, write_model, write_squad
+from conftest import DEV_SET, ENCODER, GPUS, ROOT, TINY, cut_sample, start_script, write_model, write_squad
 
 # isort: split
 import baseline  # conftest makes it importable
 
-BATCH_SIZE, SEED = 48, 42
-WINDOWS = {"max_length": 384, "doc_stride": 128}
-SETTINGS = {"lr": 5e-5, "warmup": 0.1, "weight_decay": 0.01, "max_grad_norm": 1.0, "seed": SEED, "precision": "fp32"}
-SETTINGS |= {"model": ENCODER, "epochs": 1, "batch_size": BATCH_SIZE, "run": "run"}
-# The Trainer as it comes; with batches of like length; and these computed in the baseline's passes.
-RECIPES = ("plain", "grouped", "grouped in passes")
+SAMPLE = {"sample": True, "epochs": 1}
+OVER_NETWORK = {"train": 120, "dev": 40}  # questions of the sample, at least
+MICRO_BATCH = 6  # of the scripts on a CPU, and of the Trainer's last recipe
+COMMON = {"model": ENCODER, "epochs": 1, "precision": "fp32", "micro_batch_size": MICRO_BATCH}
+COMMON |= {"dev_file": ROOT / "sample/dev.json"}
+# The Trainer as it comes; with batches of like length; and with these in micro-batches, too.
+RECIPES = ("plain", "grouped", "grouped, in micro-batches")
+RATES = {"unshaped": None, "1gbit": 1e9, "200mbit": 200e6}  # of a link, bit/s
+OVER_LINKS = {  # contestant: (link, gradients, batch size)
+    f"{link} {gradients} {mode}": (link, gradients, batch_size)
+    for link in RATES
+    for gradients in ("fp32", "bf16")
+    for mode, batch_size in (("strong", 12), ("weak", 24))
+}
 # Part: (what the ratio says, measure, contestant above, contestant below, factor).
 RATIOS = {
     "trainer": [(f"baseline over Trainer, {name}", "features_per_s", "baseline", name, 1) for name in RECIPES],
     "scaling": [
         ("speedup of two workers", "train_s", "baseline", "two workers", 1),
         ("efficiency of two workers", "train_s", "baseline", "two workers", 1 / 2),
+        ("sharing a CPU: two baselines side by side over one", "train_s", "side by side", "baseline", 1),
+        ("efficiency against baselines side by side", "train_s", "side by side", "two workers", 1 / 2),
         ("DDP's own cost: one worker over baseline", "train_s", "one worker", "baseline", 1),
     ],
-    "data": [("features over the tokenizer alone", "features_per_s", "features", "tokenizer", 1)],
+    "data": [],
     "growth": [
         ("time of a token, whole epoch over few steps", "tokens_per_s", "few steps", "whole epoch", 1),
         ("peak memory, whole epoch over few steps", "peak_mb", "whole epoch", "few steps", 1),
     ],
     "memory": [],
-    "profile": [],
     "device": [],
+    "network": [(f"speedup, {name}", "tokens_per_s", name, "baseline", 1) for name in OVER_LINKS],
 }
 
 
 def build_parser():
-    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    add("--only", choices=list(RATIOS), default="scaling", help="the part to measure (default: scaling)")
     add("--rounds", type=int, default=3)
-    add("--steps", type=int, default=6, help=f"optimizer steps of a run, of {BATCH_SIZE} features each")
-    add("--micro-batch-size", type=int, default=6, help="of both scripts, and of the Trainer's last recipe")
-    add(
-        "--squad",
-        type=lambda path: Path(path).resolve(),
-        metavar="DIR",
-        help="folder with train-v2.0-subset.json.gz (default: the sample)",
-    )
-    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of a process, except in scaling")
-    add("--only", choices=list(RATIOS), help="one part (default: the first three)")
+    add("--steps", type=int, help="stop each training after so many steps, to try a part out")
+    add("--train-file", type=Path, help="SQuAD questions (default: the sample; for growth and device the dev set)")
+    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of a process, but 1 on the sample")
     add("--output", type=Path, default=Path("benchmark.json"), metavar="FILE")
-    add("--child", choices=[*RECIPES, "memory", "profile"], help="what a process of its own measures, on --train-file")
-    add("--train-file")
-    add("--model", default=ENCODER)
+    add("--keep", type=Path, metavar="DIR", help="keep records and reports of the part 'network' here, a folder a link")
     return parser
+
+
+# runs of the scripts --------------------------------------------------------------------------------------------------
+
+
+def to_arguments(options):
+    """Return the command line of options: {name: value, True for a flag, None or False for none}."""
+    words = []
+    for name, value in options.items():
+        if value is not None and value is not False:
+            words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    return words
+
+
+def run(launch, **options):
+    """Run a script in an output directory of its own; return its record, unless it only prepares.
+
+    launch: a function of arguments, stdout and stderr that starts processes and returns them.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        options = {"run_name": "run"} | options | {"output_dir": directory}
+        log, processes = Path(directory) / "log", []
+        try:
+            with open(log, "w") as file:
+                processes += launch(to_arguments(options), stdout=file, stderr=file)
+            for process in processes:
+                if process.wait():
+                    sys.exit(f"{process.args}: exit status {process.returncode}\n{log.read_text()[-3000:]}")
+        finally:  # where one has failed, or on Ctrl-C, the others are still there
+            for process in processes:
+                process.terminate()
+                process.wait()
+        record = Path(directory) / "results" / f"{options['run_name']}.json"
+        return None if options.get("prepare") else json.loads(record.read_text())
+
+
+def launcher(script="baseline.py", world_size=None, environment=()):
+    """Return a launch function for run(): a script as a user starts it in the project's folder."""
+    return lambda arguments, **streams: [start_script(script, arguments, ROOT, world_size, environment, **streams)]
+
+
+def measure(launch, **options):
+    return measures_of(run(launch, **options))
+
+
+def measures_of(record):
+    """Return what is compared of a record."""
+    seconds, steps = record["seconds"], record["settings"]["steps"]
+    measures = {"train_s": seconds["train"], **record["throughput"], "input_share": seconds["input"] / seconds["train"]}
+    measures |= {"data_s": seconds["data"], "warm_up_s": seconds["warm_up"]}
+    measures |= {"peak_mb": record["memory"]["peak_bytes"] / 1e6, "train_loss": record["quality"]["train_loss"]}
+    for part in ("exchange", "waiting") if record["script"] == "distributed" else ():
+        measures[f"{part}_s_per_step"] = seconds[part] / steps
+    return measures
+
+
+def measure_side_by_side(**options):
+    """Run two baselines at once; return the means of what they measure."""
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        pair = list(pool.map(lambda _: measure(launcher(), **options), range(2)))
+    return {name: (pair[0][name] + pair[1][name]) / 2 for name in pair[0]}
+
+
+def in_new_process(function, *arguments):
+    """Call a function in a process of its own, with nothing in memory and no threads set yet."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+# network --------------------------------------------------------------------------------------------------------------
+
+
+def ip(*words, tool="ip"):
+    return subprocess.run([tool, *words], check=True, capture_output=True, text=True).stdout
+
+
+@contextlib.contextmanager
+def joined_namespaces(link):
+    """Join two network namespaces by a link of RATES; yield a launch function for run(): a worker in each."""
+    names, device = [f"ddp-{os.getpid()}-{rank}" for rank in (0, 1)], "veth0"
+
+    def launch(arguments, **streams):
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": device}
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+        torchrun += ["--master-addr=10.77.0.1", "--master-port=29500"]  # in a namespace, every port is free
+        commands = [
+            ["ip", "netns", "exec", name, *torchrun, f"--node-rank={rank}", str(ROOT / "distributed.py"), *arguments]
+            for rank, name in enumerate(names)
+        ]
+        return [subprocess.Popen(command, cwd=ROOT, env=environment, **streams) for command in commands]
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", device, "netns", names[0], "type", "veth", "peer", "name", device, "netns", names[1])
+        for rank, name in enumerate(names):
+            ip("-n", name, "address", "add", f"10.77.0.{rank + 1}/24", "dev", device)
+            for each in ("lo", device):
+                ip("-n", name, "link", "set", each, "up")
+            if RATES[link]:
+                shape = ["root", "tbf", "rate", link, "burst", "1mb", "latency", "100ms"]
+                ip("-n", name, "qdisc", "add", "dev", device, *shape, tool="tc")
+        yield launch
+    finally:
+        for name in names:
+            command = f"ip netns pids {name} | xargs --no-run-if-empty kill -KILL; ip netns delete {name}"
+            subprocess.run(command, shell=True, stderr=subprocess.DEVNULL)  # it complains where none was made
+
+
+def why_no_network():
+    """Return why there can be no namespaces on this machine, or None."""
+    if os.geteuid() or not (shutil.which("ip") and shutil.which("tc")):
+        return "network namespaces need root, and ip and tc (Debian's package iproute2)"
+    try:
+        with joined_namespaces("200mbit"):
+            return None
+    except subprocess.CalledProcessError as error:
+        return f"no network namespaces on this machine: {error.stderr.strip()}"
+
+
+def exchange_over_rate(record, link):
+    """Return the seconds of exchange over those in which the link carries the gradients once.
+
+    That is what two ranks exchange: each sends half of its gradients, and then half of the sums.
+    """
+    settings = record["settings"]
+    size = settings["parameters"] * {"fp32": 4, "bf16": 2}[settings["gradients"]]  # bytes
+    return record["seconds"]["exchange"] / settings["steps"] / (size * 8 / RATES[link])
+
+
+def measure_over(contestant, files, records, steps):
+    """Train with a contestant of the part; keep the record in the links' folders; return its measures."""
+    link, gradients, batch_size = OVER_LINKS.get(contestant, (None, None, None))
+    name, links = contestant.replace(" ", "-"), [link] if link else list(RATES)
+    name += f"-{1 + len(list((records / links[0] / 'results').glob(f'{name}-*.json')))}"
+    options = SAMPLE | files | {"run_name": name, "max_steps": steps}
+    options |= {"gradients": gradients, "batch_size": batch_size}
+    with joined_namespaces(link) if link else contextlib.nullcontext(launcher()) as launch:
+        record = run(launch, **options)
+    record["settings"] |= {f"{split}_file": f"part of sample/{split}.json" for split in OVER_NETWORK}
+    for each in links:
+        (records / each / "results").mkdir(parents=True, exist_ok=True)
+        (records / each / "results" / f"{name}.json").write_text(json.dumps(record, indent=2))
+    over_rate = {"exchange_over_rate": exchange_over_rate(record, link)} if RATES.get(link) else {}
+    return measures_of(record) | over_rate
+
+
+def report_links(figures, records, keep):
+    """Print a table and the scripts' own report of each link, and keep them, where wished, beside its records."""
+    columns = ("exchange_s_per_step", "waiting_s_per_step", "exchange_over_rate")
+    for link in RATES:
+        rows = {name: figures["measures"][name] for name in OVER_LINKS if name.startswith(link)}
+        table = pd.DataFrame(
+            {name: {column: show(row.get(column)) for column in columns} for name, row in rows.items()}
+        ).T
+        table.insert(0, "speedup", [show(figures["ratios"][f"speedup, {name}"]) for name in rows])
+        command = [sys.executable, ROOT / "distributed.py", "--report", "--output-dir", link]
+        report = subprocess.run(command, cwd=records, check=True, stdout=subprocess.PIPE, text=True).stdout
+        text = f"{table.to_string()}\n\n{report}"
+        print(f"\n{text}", end="")
+        (records / link / "report.txt").write_text(text)
+        if keep:
+            shutil.rmtree(keep / link, ignore_errors=True)
+            shutil.copytree(records / link, keep / link, ignore=shutil.ignore_patterns("logs", "checkpoints"))
 
 
 # data -----------------------------------------------------------------------------------------------------------------
 
 
-def tokenise(path, key):
-    """Return (questions of a SQuAD file, their features), under the key in the cache."""
-    questions, _ = baseline.read_squad_file(str(path))
+def load_features(path, threads):
+    """Return tokenizer, questions and features of a SQuAD file."""
+    args = argparse.Namespace(max_length=384, doc_stride=128, threads=threads)
     tokenizer = transformers.AutoTokenizer.from_pretrained(ENCODER)
-    return questions, baseline.load_features(questions, key, tokenizer=tokenizer, **WINDOWS)
+    return tokenizer, *baseline.load_split("train", str(path), tokenizer, args)[:2]
 
 
-def cut_questions(source, wanted, path):
-    """Write random questions of a SQuAD file that make exactly so many features; return the path."""
-    questions, features = tokenise(source, "all")
-    windows, paragraphs, total = collections.Counter(features["question"]), [], 0
-    for index in np.random.default_rng(SEED).permutation(len(questions)).tolist():
-        if total + windows[index] <= wanted:
-            row, total = questions[index], total + windows[index]
-            answers = list(zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True))
-            paragraphs.append((row["context"], [(row["id"], row["question"], answers)]))
-    if total != wanted:
-        sys.exit(f"{source}: {total} features cannot fill --steps of {BATCH_SIZE} each: lower it, or give --squad")
+def measure_starts(**options):
+    """Start the baseline twice on a cache that is empty at first; return the times to its data and its first step."""
+    with tempfile.TemporaryDirectory() as cache:
+        launch = launcher(environment={"HF_DATASETS_CACHE": cache})
+        first, second = (run(launch, **options) for _ in range(2))
+    first_s, second_s, features = (
+        first["seconds"]["data"],
+        second["seconds"]["data"],
+        first["settings"]["train_features"],
+    )
+    start_s = second["seconds"]["total"] - second["seconds"]["train"] - second["seconds"]["evaluate"]
+    rate = {"features_per_s": features / first_s}
+    return rate | {"first_data_s": first_s, "second_data_s": second_s, "second_start_and_end_s": start_s}
+
+
+def measure_answers(threads):
+    """Decode random logits of the whole dev set and score the answers: an evaluation without its model."""
+    _, questions, features = load_features(DEV_SET, threads)
+    args = argparse.Namespace(micro_batch_size=None, device=torch.device("cpu"))
+    indices, spans, decode_s = np.argsort(features["length"][:], kind="stable"), [], 0.0
+    for (inputs,) in baseline.load_batches(features, np.split(indices, range(48, len(indices), 48)), args):
+        positions = torch.arange(inputs["input_ids"].shape[1])
+        is_context = (positions >= inputs["context_start"][:, None]) & (positions < inputs["length"][:, None] - 1)
+        logits, start = torch.randn(2, *is_context.shape), time.perf_counter()
+        spans.append(baseline.best_spans(*logits, is_context))
+        decode_s += time.perf_counter() - start
+    has_answer, start = np.array([bool(gold["text"]) for gold in questions["answers"][:]]), time.perf_counter()
+    answers = baseline.answer_questions(questions, features, indices, torch.cat(spans).numpy())
+    baseline.summarize(sorted(answers), has_answer)
+    return {"decode_s": decode_s, "score_s": time.perf_counter() - start}
+
+
+def draw_questions(source, path):
+    """Write 720 random questions of a SQuAD file into a new one; return its path."""
+    questions, paragraphs = baseline.read_squad(str(source))[0], []
+    for index in np.random.default_rng(42).permutation(len(questions))[:720].tolist():
+        row = questions[index]
+        answers = list(zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True))
+        paragraphs.append((row["context"], [(row["id"], row["question"], answers)]))
     return write_squad(path, paragraphs)
 
 
-def measure_features(questions, tokenizer):
-    """Turn questions into features in a cache without them; return the rate."""
-    began = time.perf_counter()
-    features = baseline.load_features(questions, f"measured-{began}", tokenizer=tokenizer, **WINDOWS)
-    return {"features_per_s": len(features) / (time.perf_counter() - began)}
-
-
-def measure_tokenizer(questions, tokenizer):
-    """Call the tokenizer as make_features does on the same texts, 1,000 at a time, and drop what it returns."""
-    texts, contexts, count = [text.strip() for text in questions["question"]], questions["context"][:], 0
-    arguments = {"truncation": "only_second", "max_length": WINDOWS["max_length"], "stride": WINDOWS["doc_stride"]}
-    arguments |= dict.fromkeys(("return_overflowing_tokens", "return_offsets_mapping"), True)
-    arguments |= dict.fromkeys(("return_attention_mask", "return_token_type_ids"), False)
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # map() with several processes leaves it off
-    began = time.perf_counter()
-    for first in range(0, len(texts), 1000):
-        rows = slice(first, first + 1000)
-        count += len(tokenizer(texts[rows], contexts[rows], **arguments)["input_ids"])
-    return {"features_per_s": count / (time.perf_counter() - began)}
-
-
-def measure_starts(train_file, dev_file, options):
-    """Start the baseline twice on a cache that is empty at first; return the times to its data and its first step."""
-    with tempfile.TemporaryDirectory() as cache:
-        settings = {"train_file": train_file, "dev_file": dev_file, "max_steps": 1}
-        settings |= {"batch_size": options.micro_batch_size, "environment": {"HF_DATASETS_CACHE": cache}}
-        first, second = (measure_script("baseline.py", options, **settings) for _ in range(2))
-    return {"first_data_s": first["data_s"], "second_data_s": second["data_s"], "second_start_s": second["start_s"]}
-
-
-def measure_answers(questions, features):
-    """Decode random logits of all windows and score the answers: what is left of an evaluation without its model."""
-    lengths, context_starts = np.array(features["length"]), np.array(features["context_start"])
-    by_length, spans, decode_s = np.argsort(lengths, kind="stable"), [], 0.0
-    for first in range(0, len(features), BATCH_SIZE):
-        rows = by_length[first : first + BATCH_SIZE]
-        positions = np.arange(lengths[rows].max())
-        in_context = (positions >= context_starts[rows, None]) & (positions < lengths[rows, None] - 1)
-        logits = torch.randn(2, *in_context.shape)
-        began = time.perf_counter()
-        spans.append(baseline.best_spans(*logits, torch.from_numpy(in_context)))
-        decode_s += time.perf_counter() - began
-    spans = torch.cat(spans).numpy()[np.argsort(by_length)]
-    has_answer = np.array([bool(golds["text"]) for golds in questions["answers"]])
-    began = time.perf_counter()
-    answers = baseline.answer_questions(questions, features, np.arange(len(features)), spans)
-    baseline.summarize(sorted(answers), has_answer)
-    return {"decode_s": decode_s, "score_s": time.perf_counter() - began}
-
-
-# training -------------------------------------------------------------------------------------------------------------
-
-
-def start(script, settings, directory, world_size=None, environment=()):
-    """Run a script, with these options, to its end in the directory; end with its last words where it fails."""
-    words = []
-    for name, value in settings.items():
-        if value is not False and value is not None:
-            words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [value])
-    process = run_script(script, words, directory, world_size, environment)
-    if process.returncode:
-        sys.exit(f"{script}: exit status {process.returncode}\n{process.stderr[-3000:]}")
-
-
-def measure_script(script, options, world_size=None, environment=(), **settings):
-    """Train with a script in a directory of its own; return what its record says."""
-    common = SETTINGS | WINDOWS | {"micro_batch_size": options.micro_batch_size, "threads": options.threads}
-    with tempfile.TemporaryDirectory() as directory:
-        start(script, common | settings, directory, world_size, environment)  # writes results, logs, checkpoints there
-        record = json.loads((Path(directory) / "results/run.json").read_text())
-    seconds = record["seconds"]
-    measured = record["throughput"] | {
-        "train_s": seconds["train"],
-        "train_loss": record["quality"]["train_loss"],
-        "start_s": seconds["setup"] + seconds["data"] + seconds["warm_up"],  # until the first step
-        "data_s": seconds["data"],
-        "input_share": record["step"]["input"] / seconds["median"],  # of a step, spent waiting for its batch
-        "peak_mb": record["memory"]["peak_bytes"] / 1e6,
-    }
-    return {name: value for name, value in measured.items() if value is not None}
-
-
-def measure_child(child, train_file, options, environment=(), **settings):
-    """Measure what --child names in a process of its own; return what it measured."""
-    with tempfile.TemporaryDirectory() as directory:
-        output = Path(directory) / "measured.json"
-        common = {"micro_batch_size": options.micro_batch_size, "threads": options.threads, "steps": options.steps}
-        settings = common | {"child": child, "train_file": train_file, "output": output} | settings
-        start("tests/benchmark.py", settings, directory, environment=environment)
-        return json.loads(output.read_text())
+# training without the scripts -----------------------------------------------------------------------------------------
 
 
 class Clock(transformers.TrainerCallback):
-    """Time the training alone, as the scripts do: from the first batch asked for to the last step done.
+    """Time from the first batch asked for to the last step done, as the scripts do.
 
-    on_step_begin comes after the step's batch was read: it would leave the first one out. The Trainer's train_runtime
-    has its own preparing and reporting in it.
+    on_step_begin comes after the batch was read; the Trainer's own train_runtime has preparing and reporting in it.
     """
 
     def on_epoch_begin(self, *_, **__):
-        self.began = time.perf_counter()
+        self.start = time.perf_counter()
 
     def on_step_end(self, *_, **__):
-        self.seconds = time.perf_counter() - self.began
+        self.seconds = time.perf_counter() - self.start
 
 
-def trainer_columns(features):
-    """Return the features as `BertForQuestionAnswering` takes them from the Trainer, in memory."""
+def train_with_trainer(recipe, train_file, threads, max_steps):
+    """Train an epoch with the Trainer, without whatever costs it time and is not training; return the figures."""
+    from transformers import trainer_pt_utils  # slow to import, and only needed here
+
+    args, clock = baseline.build_parser().parse_args([]), Clock()
+    torch.set_num_threads(threads)
+    torch.manual_seed(args.seed)
+    model = transformers.BertForQuestionAnswering.from_pretrained(ENCODER, dtype=torch.float32)
+    tokenizer, _, features = load_features(train_file, threads)
     rows = features[:]
     splits = list(zip(rows["context_start"], rows["length"], strict=True))
-    return datasets.Dataset.from_dict({
+    dataset = datasets.Dataset.from_dict({
         "input_ids": rows["input_ids"],
         "attention_mask": [[1] * length for _, length in splits],
         "token_type_ids": [[0] * start + [1] * (length - start) for start, length in splits],
         "start_positions": rows["start_position"],
         "end_positions": rows["end_position"],
     })  # fmt: skip
-
-
-def train_with_trainer(options):
-    """Train an epoch with the Trainer, without whatever costs it time and is not training; return the figures."""
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(SEED)
-    model = transformers.BertForQuestionAnswering.from_pretrained(ENCODER, dtype=torch.float32)
-    tokenizer, clock = transformers.AutoTokenizer.from_pretrained(ENCODER), Clock()
-    dataset = trainer_columns(tokenise(options.train_file, "trainer")[1])
     # On all of SQuAD the Trainer sorts within 50 batches, on little data within fewer, down to one. So it does 50 here.
-    grouped = functools.partial(transformers.trainer_pt_utils.get_length_grouped_indices, mega_batch_mult=50)
-    transformers.trainer_pt_utils.get_length_grouped_indices = grouped
-    pass_size = options.micro_batch_size if options.child == "grouped in passes" else BATCH_SIZE
-    arguments = transformers.TrainingArguments(
-        output_dir=str(options.output.parent),
-        max_steps=options.steps,
-        per_device_train_batch_size=pass_size,
-        gradient_accumulation_steps=BATCH_SIZE // pass_size,
-        train_sampling_strategy="random" if options.child == "plain" else "group_by_length",
-        learning_rate=SETTINGS["lr"],
-        warmup_steps=SETTINGS["warmup"],  # below 1 it is a share
-        weight_decay=SETTINGS["weight_decay"],
-        max_grad_norm=SETTINGS["max_grad_norm"],
-        seed=SEED,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
-        report_to="none",
-        **dict.fromkeys(("logging_strategy", "save_strategy", "eval_strategy"), "no"),
-    )
-    collator = transformers.DataCollatorWithPadding(tokenizer)
-    trainer = transformers.Trainer(
-        model, arguments, collator, dataset, processing_class=tokenizer, callbacks=[clock]
-    )  # fmt: skip
-    result, count = trainer.train(), options.steps * BATCH_SIZE
-    assert (len(dataset), result.global_step, torch.get_num_threads()) == (count, options.steps, options.threads)
-    measured = {"features_per_s": count / clock.seconds, "train_s": clock.seconds, "train_loss": result.training_loss}
-    return measured | {"trainer_runtime_s": result.metrics["train_runtime"]}
+    grouped = functools.partial(trainer_pt_utils.get_length_grouped_indices, mega_batch_mult=50)
+    trainer_pt_utils.get_length_grouped_indices = grouped
+    micro_batch = MICRO_BATCH if "micro" in recipe else args.batch_size
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = transformers.TrainingArguments(  # learning rate, clipping and seed are the scripts' by default
+            output_dir=directory,
+            num_train_epochs=1,
+            max_steps=max_steps or -1,
+            per_device_train_batch_size=micro_batch,
+            gradient_accumulation_steps=args.batch_size // micro_batch,
+            train_sampling_strategy="random" if recipe == "plain" else "group_by_length",
+            warmup_steps=args.warmup,  # below 1 it is a share
+            weight_decay=args.weight_decay,
+            use_cpu=True,
+            dataloader_pin_memory=False,
+            disable_tqdm=True,
+            report_to="none",
+            **dict.fromkeys(("logging_strategy", "save_strategy", "eval_strategy"), "no"),
+        )
+        collator, options = transformers.DataCollatorWithPadding(tokenizer), {"callbacks": [clock]}
+        trainer = transformers.Trainer(model, arguments, collator, dataset, processing_class=tokenizer, **options)
+        result = trainer.train()
+    assert torch.get_num_threads() == threads
+    count = min(len(dataset), result.global_step * args.batch_size)
+    return {"features_per_s": count / clock.seconds, "train_s": clock.seconds, "train_loss": result.training_loss}
 
 
-def prepare_baseline(options, **settings):
-    """Do what baseline.main() does before its first step; return (options, device, model, optimizer, features)."""
-    settings = SETTINGS | WINDOWS | {"model": options.model, "random_init": options.model != ENCODER} | settings
-    parser = baseline.build_parser()
-    parser.set_defaults(**settings, train_file=options.train_file, dev_file=options.train_file)
-    settings = parser.parse_args([])
-    device = baseline.select_device(settings)
-    _, features, _, _ = baseline.load_data(settings)
-    memory_before = resident_memory()
-    model = baseline.load_model(settings, device)
-    return settings, device, model, baseline.make_optimizer(model, settings), features, memory_before
+def measure_memory(threads):
+    """Train two steps on features of full length; return the peak beside what training cannot do without."""
 
+    def resident(name):
+        value = 1024 * int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak
+        return value
 
-def resident_memory(most=False):
-    """Return the process's memory in bytes, or the most since it was asked for last."""
-    status = Path("/proc/self/status").read_text()
-    value = 1024 * int(re.search(r"VmHWM:\s+(\d+)" if most else r"VmRSS:\s+(\d+)", status)[1])
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    return value
-
-
-def compare_memory(options):
-    """Train two steps on the longest features; return the peak beside what training cannot do without."""
-    size = options.micro_batch_size
-    settings, device, model, optimizer, features, before = prepare_baseline(
-        options, batch_size=size, micro_batch_size=None, threads=options.threads
-    )
-    longest = np.argsort(features["length"][:])[-size:]
-    for _ in baseline.optimize(model, optimizer, features, [longest] * 2, 0, 2, [], settings, device):
-        pass
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_memory(most=True) - before
-    (passes,) = baseline.load_passes([longest], features, settings, device)
-    weights, saved = {weight.untyped_storage().data_ptr() for weight in model.parameters()}, {}
+    words = {"model": ENCODER, "precision": "fp32", "device": "cpu", "threads": threads}
+    args = baseline.build_parser().parse_args(to_arguments(words))
+    baseline.set_up_device(args)
+    columns = {"length": 384, "context_start": 20, "start_position": 30, "end_position": 40, "input_ids": [2000] * 384}
+    features = datasets.Dataset.from_dict({name: [value] * MICRO_BATCH for name, value in columns.items()})
+    before = resident("VmRSS")
+    _, model, _ = baseline.load_model(args)
+    model.train()
+    optimizer, saved = torch.optim.AdamW(model.parameters(), args.lr, fused=True), {}
+    for micro_batches in baseline.load_batches(features, [np.arange(MICRO_BATCH)] * 2, args):
+        baseline.train_step(model, micro_batches, MICRO_BATCH, args)
+        optimizer.step()
+        optimizer.zero_grad()
+    peak = resident("VmHWM") - before
 
     def note(tensor):
         saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        baseline.forward(model, passes[0], settings, device)
-    activations = sum(count for pointer, count in saved.items() if pointer not in weights)
-    # Of each weight: itself, its gradient, AdamW's two.
-    tensors = 4 * sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    measured = {"peak_mb": peak / 1e6, "weights_to_optimizer_mb": tensors / 1e6, "activations_mb": activations / 1e6}
-    return measured | {"peak_over_sum": peak / (tensors + activations)}
+        baseline.forward(model, micro_batches[0], args)
+    weights = {weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes() for weight in model.parameters()}
+    activations = sum(size for pointer, size in saved.items() if pointer not in weights)
+    states = 4 * sum(weights.values())  # of each weight: itself, its gradient, AdamW's two
+    measures = {"peak_mb": peak / 1e6, "weights_to_optimizer_mb": states / 1e6, "activations_mb": activations / 1e6}
+    return measures | {"peak_over_sum": peak / (states + activations)}
 
 
-def product_rate(rows, config, precision, device):
-    """Return the FLOP/s of the largest product of a layer, of so many tokens, computed again and again."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    shapes = (rows, config.hidden_size), (config.hidden_size, config.intermediate_size)
-    factors = dict(zip("ab", (torch.randn(shape, dtype=dtype, device=device) for shape in shapes), strict=True))
-    timer = torch.utils.benchmark.Timer("a @ b", globals=factors, num_threads=torch.get_num_threads())
-    return 2 * rows * config.hidden_size * config.intermediate_size / timer.blocked_autorange(min_run_time=1).median
-
-
-def profile_steps(options):
-    """Take some optimizer steps twice, the second time profiled.
-
-    Return the FLOP/s of the first, beside those of a product of its matrices alone, and the shares of the operations
-    that take the most of the device's time.
-    """
-    settings, device, model, optimizer, features, _ = prepare_baseline(
-        options, micro_batch_size=options.micro_batch_size, threads=options.threads, precision=None
-    )
-    lengths = np.array(features["length"][:])
-    batches = baseline.plan_epochs(lengths, settings)[0][: options.steps]
-    take_steps = functools.partial(
-        baseline.optimize, model, optimizer, features, batches, 0, len(batches), [], settings, device
-    )
-    baseline.warm_up(model, features, lengths, batches, settings, device)
-    train_s = sum(seconds for _, seconds, *_ in take_steps())
-    with torch.profiler.profile() as profiler:
-        for _ in take_steps():
-            pass
-    work = baseline.describe_work(settings, {}, model, lengths, [batches])
-    pass_tokens = work["trained_tokens"] * min(options.micro_batch_size, BATCH_SIZE) // work["trained_features"]
-    measured = {
-        "training, FLOP/s": work["trained_flop"] / train_s,
-        "product alone, FLOP/s": product_rate(pass_tokens, model.config, settings.precision, device),
-    }
-    own = torch.autograd.DeviceType.CUDA if device.type == "cuda" else torch.autograd.DeviceType.CPU
-    seconds = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    events = [event for event in profiler.key_averages() if event.device_type == own and not event.is_user_annotation]
-    times = {event.key: getattr(event, seconds) for event in events}
-    largest = sorted(times, key=times.get, reverse=True)[:8]
-    return measured | {f"{name}, share of the time": times[name] / sum(times.values()) for name in largest}
-
-
-# report ---------------------------------------------------------------------------------------------------------------
+# parts ----------------------------------------------------------------------------------------------------------------
 
 
 def contestants_of(part, options, directory):
-    """Return {name: function that runs it once and returns its measurements} of a part; prepares what they need."""
-    squad, partial = options.squad and options.squad / "train-v2.0-subset.json.gz", functools.partial
-    dev_file = cut_sample("dev", 1, directory / "dev.json")  # the scripts evaluate after training, outside its time
-    if part == "data":
-        questions, _ = baseline.read_squad_file(str(squad or DEV_SET))
-        tokenizer = transformers.AutoTokenizer.from_pretrained(ENCODER)
-        return {
-            "features": partial(measure_features, questions, tokenizer),
-            "tokenizer": partial(measure_tokenizer, questions, tokenizer),
-            "starts": partial(measure_starts, squad or DEV_SET, dev_file, options),
-            "answers": partial(measure_answers, *tokenise(DEV_SET, "dev")),
-        }
-    settings = {"dev_file": dev_file, "max_steps": options.steps}
-    if part in ("growth", "memory", "profile", "device"):
-        settings["train_file"] = squad or ROOT / "sample/train.json"
-    else:
-        settings["train_file"] = directory / "train.json"
-        cut_questions(squad or ROOT / "sample/train.json", options.steps * BATCH_SIZE, settings["train_file"])
-    start("baseline.py", SETTINGS | WINDOWS | settings | {"prepare": True}, directory)  # so that no run has to tokenise
-    if part == "trainer":
-        recipes = {name: partial(measure_child, name, settings["train_file"], options) for name in RECIPES}
-        return {"baseline": partial(measure_script, "baseline.py", options, **settings)} | recipes
+    """Return {name: function that runs it once and returns its measures} of a part; prepare what they need."""
+    partial, threads, steps = functools.partial, options.threads, options.steps
     if part == "scaling":
-        run = partial(measure_script, options=options, **settings | {"threads": 1})
+        sample = SAMPLE | {"max_steps": steps}
         return {
-            "baseline": partial(run, "baseline.py"),
-            "one worker": partial(run, "distributed.py", world_size=1),
-            "two workers": partial(run, "distributed.py", world_size=2),
+            "baseline": partial(measure, launcher(), **sample),
+            "one worker": partial(measure, launcher("distributed.py", 1), **sample),
+            "two workers": partial(measure, launcher("distributed.py", 2), **sample),
+            "side by side": partial(measure_side_by_side, **sample),
         }
-    if part == "growth":
+    if part == "network":
+        names = ["baseline", *OVER_LINKS]
+        cut = {split: cut_sample(split, count, directory / f"{split}.json") for split, count in OVER_NETWORK.items()}
+        files = {f"{split}_file": path for split, path in cut.items()}
+        return {name: partial(measure_over, name, files, directory / "records", steps) for name in names}
+    if part == "memory":
+        return {"baseline": partial(in_new_process, measure_memory, threads)}
+    settings = COMMON | {"threads": threads, "max_steps": steps, "train_file": options.train_file or DEV_SET}
+    if part == "data":
+        return {
+            "starts": partial(measure_starts, **settings | {"max_steps": 1, "batch_size": MICRO_BATCH}),
+            "answers": partial(measure_answers, threads),
+        }
+    contestants, launch = {}, launcher(environment={"CUDA_VISIBLE_DEVICES": GPUS} if part == "device" else {})
+    if part == "trainer":
+        source = draw_questions(options.train_file or ROOT / "sample/train.json", directory / "train.json")
+        settings["train_file"] = source
+        contestants["baseline"] = partial(measure, launch, **settings)
+        for recipe in RECIPES:
+            contestants[recipe] = partial(in_new_process, train_with_trainer, recipe, source, threads, steps)
+    elif part == "growth":
         settings |= {"model": write_model(directory, **TINY), "random_init": True}
-        run = partial(measure_script, "baseline.py", options)
-        return {"few steps": partial(run, **settings), "whole epoch": partial(run, **settings | {"max_steps": None})}
-    gpu = {"CUDA_VISIBLE_DEVICES": GPUS}
-    if part in ("memory", "profile"):
-        return {"baseline": partial(measure_child, part, settings["train_file"], options, gpu)}
-    return device_contestants(settings, options, gpu, directory)
-
-
-def device_contestants(settings, options, gpu, directory):
-    """Return contestants_of() the part "device"."""
-    contestants, on_gpu = {}, shutil.which("nvidia-smi") is not None
-    child = {"model": ENCODER, "micro_batch_size": options.micro_batch_size}
-    if on_gpu:  # BERT-base in passes that 40 GB hold
-        child = {"model": write_model(directory), "micro_batch_size": 96}
-    settings |= child | {"environment": gpu, "random_init": on_gpu}
-    for precision in ("fp32", "tf32", "bf16") if on_gpu else ("fp32", "bf16"):
-        for compiled in (False, True):
-            for batch_size in (48, 96, 192):
-                name = f"{precision}{' compiled' * compiled}, batch {batch_size}"
-                work = settings | {"precision": precision, "compile": compiled, "batch_size": batch_size}
-                contestants[name] = functools.partial(measure_script, "baseline.py", options, **work)
-    profile = functools.partial(measure_child, "profile", settings["train_file"], options, gpu, **child)
-    return contestants | {"profile": profile}
+        contestants["few steps"] = partial(measure, launch, **settings | {"max_steps": 20})
+        contestants["whole epoch"] = partial(measure, launch, **settings)
+    elif part == "device":
+        on_gpu = shutil.which("nvidia-smi") is not None
+        settings["max_steps"] = steps or (50 if on_gpu else 3)
+        if on_gpu:  # micro-batches that 40 GB hold
+            settings |= {"model": write_model(directory), "random_init": True, "micro_batch_size": 96}
+        precisions = ("fp32", "tf32", "bf16") if on_gpu else ("fp32", "bf16")
+        for precision, compiled, size in itertools.product(precisions, (False, True), (48, 96, 192)):
+            work = settings | {"precision": precision, "compile": compiled, "batch_size": size}
+            name = f"{precision}{' compiled' * compiled}, batch {size}"
+            contestants[name] = partial(measure, launch, **work)
+    run(launch, **settings | {"prepare": True})  # so that tokenizing is in no run's memory
+    return contestants
 
 
 def run_rounds(contestants, rounds):
     """Run each contestant once a round, the first one changing; return [{contestant: {measure: value}}, ...]."""
     names, measured = list(contestants), []
     for number in range(rounds):
-        shift = number % len(names)
-        measured.append({})
+        shift, seen = number % len(names), {}
         for name in names[shift:] + names[:shift]:
             print(f"round {number + 1} of {rounds}: {name}", file=sys.stderr, flush=True)
-            measured[-1][name] = contestants[name]()
+            seen[name] = contestants[name]()
+        measured.append({name: seen[name] for name in names})
     return measured
 
 
+def summarize(values):
+    return {"median": float(np.median(values)), "min": min(values), "max": max(values), "n": len(values)}
+
+
+def show(figure):
+    return "{median:.4g} ({min:.4g} to {max:.4g})".format(**figure) if figure else "-"
+
+
 def report_part(part, rounds):
-    """Print a part's table; return what the file holds of it: all measurements, and medians and ranges over rounds."""
-
-    def summarise(label, values):
-        row = {"median": float(np.median(values)), "min": min(values), "max": max(values), "n": len(values)}
-        print(f"{label:48} {row['median']:9.4g}  {row['min']:.4g} to {row['max']:.4g}")
-        return row
-
-    print(f"\n{part:48} {'median':>9}  range, n = {len(rounds)}")
-    measures, ratios = collections.defaultdict(dict), {}
-    for name, measured in rounds[0].items():
-        for measure in measured:
-            measures[name][measure] = summarise(f"{name:20} {measure}", [run[name].get(measure, 0.0) for run in rounds])
-    for label, measure, above, below, factor in RATIOS[part]:
-        ratios[label] = summarise(label, [factor * run[above][measure] / run[below][measure] for run in rounds])
+    """Print medians and ranges over the rounds; return them, and all measures."""
+    measures = {
+        name: {measure: summarize([of_round[name][measure] for of_round in rounds]) for measure in measured}
+        for name, measured in rounds[0].items()
+    }
+    ratios = {
+        label: summarize([factor * of_round[above][measure] / of_round[below][measure] for of_round in rounds])
+        for label, measure, above, below, factor in RATIOS[part]
+    }
+    rows = [(name, measure, figure) for name, of_name in measures.items() for measure, figure in of_name.items()]
+    print(f"\n{part}: median (range), n = {len(rounds)}")
+    for name, measure, figure in rows + [(label, "", figure) for label, figure in ratios.items()]:
+        print(f"{name + '  ' + measure:55} {show(figure)}")
     return {"rounds": rounds, "measures": measures, "ratios": ratios}
 
 
 def describe_machine():
     """Return what the figures depend on beside the options."""
-    device = torch.device("cpu")
-    gpus = "nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2> /dev/null"
-    return {
-        "device": baseline.device_name(device),
-        **baseline.describe_environment(device),
-        "gpus": subprocess.getoutput(gpus).splitlines(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load_average": os.getloadavg()[0],  # above 0, others were at work when this started
+    commands = {
+        "cpu": "sed -n 's/model name.*: //p' /proc/cpuinfo | uniq",
+        "gpus": "nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2> /dev/null",
+        "commit": f"git -C '{ROOT}' describe --always --dirty --abbrev=40 --exclude='*'",
     }
+    machine = {name: subprocess.getoutput(command) for name, command in commands.items()}
+    machine |= {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
+    # Load above 0: others were at work when this started.
+    return machine | {"cores": len(os.sched_getaffinity(0)), "load_average": os.getloadavg()[0]}
 
 
 def main():
     options = build_parser().parse_args()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    if options.child:
-        measure = {"memory": compare_memory, "profile": profile_steps}.get(options.child, train_with_trainer)
-        options.output.write_text(json.dumps(measure(options), indent=2))
-        return
-    parts = [options.only] if options.only else ["trainer", "scaling", "data"]
-    if options.only in ("growth", "device") and not options.squad:
-        sys.exit(f"--only {options.only} wants --squad DIR: the sample is too small")
-    if "trainer" in parts and not importlib.util.find_spec("accelerate"):
-        sys.exit("the Trainer wants accelerate: pip install accelerate, or leave it out with --only")
-    if BATCH_SIZE % options.micro_batch_size:
-        sys.exit(f"--micro-batch-size {options.micro_batch_size}: must divide {BATCH_SIZE}, for the Trainer")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without cleaning up
+    if options.only == "network" and (reason := why_no_network()):
+        sys.exit(reason)
     torch.set_num_threads(options.threads)
-    named = {name: getattr(options, name) for name in ("rounds", "steps", "micro_batch_size", "threads")}
-    named["questions"] = "train-v2.0-subset.json.gz" if options.squad else "sample"
-    content = {"machine": describe_machine(), "options": named, "parts": {}}
+    named = {name: getattr(options, name) for name in ("rounds", "steps", "threads")}
+    named["train_file"] = options.train_file and options.train_file.name
+    content = {"machine": describe_machine(), "options": named, "part": options.only}
     with tempfile.TemporaryDirectory() as directory:
-        os.environ["HF_DATASETS_CACHE"] = directory
-        datasets.config.HF_DATASETS_CACHE = directory
-        for part in parts:
-            rounds = run_rounds(contestants_of(part, options, Path(directory)), options.rounds)
-            content["parts"][part] = report_part(part, rounds)
-            options.output.write_text(json.dumps(content, indent=2, default=str))
+        os.environ["HF_DATASETS_CACHE"] = datasets.config.HF_DATASETS_CACHE = directory
+        rounds = run_rounds(contestants_of(options.only, options, Path(directory)), options.rounds)
+        content |= report_part(options.only, rounds)
+        options.output.write_text(json.dumps(content, indent=2))
+        if options.only == "network":
+            report_links(content, Path(directory) / "records", options.keep)
 
 
 if __name__ == "__main__":
