@@ -2,9 +2,9 @@
 
 import os
 
-import benchmark
 import pytest
 
+import benchmark
 from conftest import TINY, cut_sample, write_model
 
 STEPS = 5

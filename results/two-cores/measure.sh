@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
-# The records beside this file: runs of the sample by the baseline, one and two workers, in turn; ten minutes a round.
+# The records beside this file: runs of the sample by the baseline, and by one and two workers, in turn.
 #
-#   bash results/two-cores/measure.sh [ROUNDS]
+#   bash results/two-cores/measure.sh [ROUNDS]          three rounds of five minutes
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cd "$here/../.."
 bash run_baseline.sh --prepare --sample
 new=$(mktemp --directory) # the records name the commit, and say whether a file of it was changed: none may be yet
-options=(--sample --results "$new")
+options=(--sample --device cpu --output-dir "$new")
 export OMP_NUM_THREADS=1
-for ((round = 1; round <= ${1:-2}; round++)); do
-    .venv/bin/python baseline.py "${options[@]}" --run "baseline-$round"
+for ((round = 1; round <= ${1:-3}; round++)); do
+    .venv/bin/python baseline.py "${options[@]}" --run-name "baseline-$round"
     for workers in 1 2; do
-        .venv/bin/torchrun --standalone --nproc-per-node=$workers -- distributed.py "${options[@]}" \
-            --run "workers-$workers-$round"
+        .venv/bin/python -m torch.distributed.run --standalone --nproc-per-node=$workers \
+            distributed.py "${options[@]}" --run-name "workers-$workers-$round"
     done
 done
-rm -f "$here"/*.json
-mv "$new"/* "$here"
-rmdir "$new"
+.venv/bin/python distributed.py --report --output-dir "$new" | grep --invert-match "$new" > "$new/results/report.txt"
+find "$here" -name '*.json' -delete
+mv "$new"/results/* "$here"
+rm -r "$new"
