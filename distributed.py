@@ -530,7 +530,7 @@ def evaluate(model, questions, features, args):
     model.eval()
     indices, size = np.argsort(features["length"][:], kind="stable"), min(args.micro_batch_size or 48, 48)
     indices = indices[np.array(features["question_index"][:])[indices] % WORLD_SIZE == RANK]  # a question on one rank
-    batches = np.split(indices, range(size, len(indices), size))
+    batches = np.split(indices, range(size, len(indices), size)) if len(indices) else []
     loss_sum, spans = torch.zeros((), device=args.device), [torch.zeros((0, 4), device=args.device)]
     for (inputs,) in load_batches(features, batches, args):
         loss, *logits, is_context = forward(model, inputs, args)
