@@ -25,6 +25,7 @@ import contextlib
 import functools
 import itertools
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -50,8 +51,8 @@ import baseline  # conftest makes it importable
 SAMPLE = {"sample": True, "epochs": 1}
 OVER_NETWORK = {"train": 120, "dev": 40}  # questions of the sample, at least
 MICRO_BATCH = 6  # of the scripts on a CPU, and of the Trainer's last recipe
-COMMON = {"model": ENCODER, "epochs": 1, "precision": "fp32", "micro_batch_size": MICRO_BATCH}
-COMMON |= {"dev_file": ROOT / "sample/dev.json"}
+DEV = ROOT / "sample/dev.json"
+COMMON = {"model": ENCODER, "epochs": 1, "precision": "fp32", "micro_batch_size": MICRO_BATCH, "dev_file": DEV}
 # The Trainer as it comes; with batches of like length; and with these in micro-batches, too.
 RECIPES = ("plain", "grouped", "grouped, in micro-batches")
 RATES = {"unshaped": None, "1gbit": 1e9, "200mbit": 200e6}  # of a link, bit/s
@@ -61,6 +62,10 @@ OVER_LINKS = {  # contestant: (link, gradients, batch size)
     for gradients in ("fp32", "bf16")
     for mode, batch_size in (("strong", 12), ("weak", 24))
 }
+logging.disable(logging.WARNING)  # of all libraries
+datasets.disable_progress_bars()
+transformers.utils.logging.disable_progress_bar()
+
 # Part: (what the ratio says, measure, contestant above, contestant below, factor).
 RATIOS = {
     "trainer": [(f"baseline over Trainer, {name}", "features_per_s", "baseline", name, 1) for name in RECIPES],
@@ -100,18 +105,12 @@ def build_parser():
 
 def to_arguments(options):
     """Return the command line of options: {name: value, True for a flag, None or False for none}."""
-    words = []
-    for name, value in options.items():
-        if value is not None and value is not False:
-            words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
-    return words
+    given = {f"--{name.replace('_', '-')}": value for name, value in options.items() if value not in (None, False)}
+    return [word for name, value in given.items() for word in ([name] if value is True else [name, str(value)])]
 
 
 def run(launch, **options):
-    """Run a script in an output directory of its own; return its record, unless it only prepares.
-
-    launch: a function of arguments, stdout and stderr that starts processes and returns them.
-    """
+    """Launch the processes of a run in an output directory of its own; return its record, unless it only prepares."""
     with tempfile.TemporaryDirectory() as directory:
         options = {"run_name": "run"} | options | {"output_dir": directory}
         log, processes = Path(directory) / "log", []
@@ -134,10 +133,6 @@ def launcher(script="baseline.py", world_size=None, environment=()):
     return lambda arguments, **streams: [start_script(script, arguments, ROOT, world_size, environment, **streams)]
 
 
-def measure(launch, **options):
-    return measures_of(run(launch, **options))
-
-
 def measures_of(record):
     """Return what is compared of a record."""
     seconds, steps = record["seconds"], record["settings"]["steps"]
@@ -147,6 +142,10 @@ def measures_of(record):
     for part in ("exchange", "waiting") if record["script"] == "distributed" else ():
         measures[f"{part}_s_per_step"] = seconds[part] / steps
     return measures
+
+
+def measure(launch, **options):
+    return measures_of(run(launch, **options))
 
 
 def measure_side_by_side(**options):
@@ -178,11 +177,11 @@ def joined_namespaces(link):
         environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": device}
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
         torchrun += ["--master-addr=10.77.0.1", "--master-port=29500"]  # in a namespace, every port is free
+        script, options = ["distributed.py", *arguments], {"cwd": ROOT, "env": environment} | streams
         commands = [
-            ["ip", "netns", "exec", name, *torchrun, f"--node-rank={rank}", str(ROOT / "distributed.py"), *arguments]
-            for rank, name in enumerate(names)
+            ["ip", "netns", "exec", name, *torchrun, f"--node-rank={n}", *script] for n, name in enumerate(names)
         ]
-        return [subprocess.Popen(command, cwd=ROOT, env=environment, **streams) for command in commands]
+        return [subprocess.Popen(command, **options) for command in commands]
 
     try:
         for name in names:
@@ -216,7 +215,7 @@ def why_no_network():
 def exchange_over_rate(record, link):
     """Return the seconds of exchange over those in which the link carries the gradients once.
 
-    That is what two ranks exchange: each sends half of its gradients, and then half of the sums.
+    So much goes in each direction between two ranks: half of a rank's gradients, then half of the sums.
     """
     settings = record["settings"]
     size = settings["parameters"] * {"fp32": 4, "bf16": 2}[settings["gradients"]]  # bytes
@@ -244,14 +243,13 @@ def report_links(figures, records, keep):
     """Print a table and the scripts' own report of each link, and keep them, where wished, beside its records."""
     columns = ("exchange_s_per_step", "waiting_s_per_step", "exchange_over_rate")
     for link in RATES:
-        rows = {name: figures["measures"][name] for name in OVER_LINKS if name.startswith(link)}
-        table = pd.DataFrame(
-            {name: {column: show(row.get(column)) for column in columns} for name, row in rows.items()}
-        ).T
-        table.insert(0, "speedup", [show(figures["ratios"][f"speedup, {name}"]) for name in rows])
+        rows = {}
+        for name in (name for name in OVER_LINKS if name.startswith(link)):
+            rows[name] = {"speedup": show(figures["ratios"][f"speedup, {name}"])}
+            rows[name] |= {column: show(figures["measures"][name].get(column)) for column in columns}
         command = [sys.executable, ROOT / "distributed.py", "--report", "--output-dir", link]
         report = subprocess.run(command, cwd=records, check=True, stdout=subprocess.PIPE, text=True).stdout
-        text = f"{table.to_string()}\n\n{report}"
+        text = f"{pd.DataFrame(rows).T.to_string()}\n\n{report}"
         print(f"\n{text}", end="")
         (records / link / "report.txt").write_text(text)
         if keep:
@@ -259,7 +257,7 @@ def report_links(figures, records, keep):
             shutil.copytree(records / link, keep / link, ignore=shutil.ignore_patterns("logs", "checkpoints"))
 
 
-# data -----------------------------------------------------------------------------------------------------------------
+# what is measured without the scripts ---------------------------------------------------------------------------------
 
 
 def load_features(path, threads):
@@ -301,24 +299,18 @@ def measure_answers(threads):
     return {"decode_s": decode_s, "score_s": time.perf_counter() - start}
 
 
-def draw_questions(source, path):
+def draw_questions(source, directory):
     """Write 720 random questions of a SQuAD file into a new one; return its path."""
     questions, paragraphs = baseline.read_squad(str(source))[0], []
     for index in np.random.default_rng(42).permutation(len(questions))[:720].tolist():
         row = questions[index]
         answers = list(zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True))
         paragraphs.append((row["context"], [(row["id"], row["question"], answers)]))
-    return write_squad(path, paragraphs)
-
-
-# training without the scripts -----------------------------------------------------------------------------------------
+    return write_squad(directory / "train.json", paragraphs)
 
 
 class Clock(transformers.TrainerCallback):
-    """Time from the first batch asked for to the last step done, as the scripts do.
-
-    on_step_begin comes after the batch was read; the Trainer's own train_runtime has preparing and reporting in it.
-    """
+    """Time from the first batch asked for to the last step done, as the scripts do: train_runtime has more in it."""
 
     def on_epoch_begin(self, *_, **__):
         self.start = time.perf_counter()
@@ -357,7 +349,6 @@ def train_with_trainer(recipe, train_file, threads, max_steps):
             per_device_train_batch_size=micro_batch,
             gradient_accumulation_steps=args.batch_size // micro_batch,
             train_sampling_strategy="random" if recipe == "plain" else "group_by_length",
-            warmup_steps=args.warmup,  # below 1 it is a share
             weight_decay=args.weight_decay,
             use_cpu=True,
             dataloader_pin_memory=False,
@@ -381,8 +372,8 @@ def measure_memory(threads):
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak
         return value
 
-    words = {"model": ENCODER, "precision": "fp32", "device": "cpu", "threads": threads}
-    args = baseline.build_parser().parse_args(to_arguments(words))
+    options = {"model": ENCODER, "precision": "fp32", "device": "cpu", "threads": threads}
+    args = baseline.build_parser().parse_args(to_arguments(options))
     baseline.set_up_device(args)
     columns = {"length": 384, "context_start": 20, "start_position": 30, "end_position": 40, "input_ids": [2000] * 384}
     features = datasets.Dataset.from_dict({name: [value] * MICRO_BATCH for name, value in columns.items()})
@@ -424,10 +415,9 @@ def contestants_of(part, options, directory):
             "side by side": partial(measure_side_by_side, **sample),
         }
     if part == "network":
-        names = ["baseline", *OVER_LINKS]
         cut = {split: cut_sample(split, count, directory / f"{split}.json") for split, count in OVER_NETWORK.items()}
-        files = {f"{split}_file": path for split, path in cut.items()}
-        return {name: partial(measure_over, name, files, directory / "records", steps) for name in names}
+        files, records = {f"{split}_file": path for split, path in cut.items()}, directory / "records"
+        return {name: partial(measure_over, name, files, records, steps) for name in ("baseline", *OVER_LINKS)}
     if part == "memory":
         return {"baseline": partial(in_new_process, measure_memory, threads)}
     settings = COMMON | {"threads": threads, "max_steps": steps, "train_file": options.train_file or DEV_SET}
@@ -438,11 +428,9 @@ def contestants_of(part, options, directory):
         }
     contestants, launch = {}, launcher(environment={"CUDA_VISIBLE_DEVICES": GPUS} if part == "device" else {})
     if part == "trainer":
-        source = draw_questions(options.train_file or ROOT / "sample/train.json", directory / "train.json")
-        settings["train_file"] = source
-        contestants["baseline"] = partial(measure, launch, **settings)
-        for recipe in RECIPES:
-            contestants[recipe] = partial(in_new_process, train_with_trainer, recipe, source, threads, steps)
+        settings["train_file"] = draw_questions(options.train_file or ROOT / "sample/train.json", directory)
+        contestants["baseline"], work = partial(measure, launch, **settings), (settings["train_file"], threads, steps)
+        contestants |= {name: partial(in_new_process, train_with_trainer, name, *work) for name in RECIPES}
     elif part == "growth":
         settings |= {"model": write_model(directory, **TINY), "random_init": True}
         contestants["few steps"] = partial(measure, launch, **settings | {"max_steps": 20})
@@ -452,11 +440,10 @@ def contestants_of(part, options, directory):
         settings["max_steps"] = steps or (50 if on_gpu else 3)
         if on_gpu:  # micro-batches that 40 GB hold
             settings |= {"model": write_model(directory), "random_init": True, "micro_batch_size": 96}
-        precisions = ("fp32", "tf32", "bf16") if on_gpu else ("fp32", "bf16")
+        precisions = ["fp32", "bf16"] + ["tf32"] * on_gpu
         for precision, compiled, size in itertools.product(precisions, (False, True), (48, 96, 192)):
             work = settings | {"precision": precision, "compile": compiled, "batch_size": size}
-            name = f"{precision}{' compiled' * compiled}, batch {size}"
-            contestants[name] = partial(measure, launch, **work)
+            contestants[f"{precision}{' compiled' * compiled}, batch {size}"] = partial(measure, launch, **work)
     run(launch, **settings | {"prepare": True})  # so that tokenizing is in no run's memory
     return contestants
 
@@ -483,18 +470,14 @@ def show(figure):
 
 def report_part(part, rounds):
     """Print medians and ranges over the rounds; return them, and all measures."""
-    measures = {
-        name: {measure: summarize([of_round[name][measure] for of_round in rounds]) for measure in measured}
-        for name, measured in rounds[0].items()
-    }
-    ratios = {
-        label: summarize([factor * of_round[above][measure] / of_round[below][measure] for of_round in rounds])
-        for label, measure, above, below, factor in RATIOS[part]
-    }
-    rows = [(name, measure, figure) for name, of_name in measures.items() for measure, figure in of_name.items()]
     print(f"\n{part}: median (range), n = {len(rounds)}")
-    for name, measure, figure in rows + [(label, "", figure) for label, figure in ratios.items()]:
-        print(f"{name + '  ' + measure:55} {show(figure)}")
+    measures, ratios = {name: {} for name in rounds[0]}, {}
+    for name, measure in [(name, measure) for name, measured in rounds[0].items() for measure in measured]:
+        measures[name][measure] = summarize([of_round[name][measure] for of_round in rounds])
+        print(f"{name + '  ' + measure:55} {show(measures[name][measure])}")
+    for label, measure, above, below, factor in RATIOS[part]:
+        ratios[label] = summarize([factor * of_round[above][measure] / of_round[below][measure] for of_round in rounds])
+        print(f"{label:55} {show(ratios[label])}")
     return {"rounds": rounds, "measures": measures, "ratios": ratios}
 
 

@@ -1,4 +1,4 @@
-"""Two workers on a slow network: the report blames the exchange of gradients for what it costs."""
+"""Two workers on a slow network: the exchange of gradients takes the time that the link needs for their bytes."""
 
 import os
 
