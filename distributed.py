@@ -953,7 +953,8 @@ def main():
         first, last_clock, clock, pending = step - len(losses), clock, time.perf_counter(), []
         seconds["train"] += clock - last_clock
         speed = sum(map(len, batches[first:step])) / (clock - last_clock)
-        progress |= {"step": step, "losses": progress["losses"] + losses}
+        progress["step"] = step
+        progress["losses"] += losses
         show_steps(writer, bar, progress, losses, {"speed/features_per_s": speed, "lr": group["lr"]})
         if not np.isfinite(losses).all():
             raise ScriptError(f"stopped: the loss is not finite at step {step}; try a lower --lr", 1)
