@@ -8,6 +8,7 @@ from argparse import ArgumentError
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import baseline
 import distributed
@@ -199,3 +200,35 @@ def test_the_launchers_pass_on_the_status(tmp_path):
         lines = process.stderr.splitlines()  # those before are pip's, where the launcher installs something
         assert lines[-1] == f"{script}: error: argument --epochs: 0 is not in [1, inf]"
         assert "Traceback" not in process.stderr
+
+
+def set_up(script, monkeypatch, arguments=(), **environment):
+    """Call set_up_device() with these options and variables of a job; return the options."""
+    for name in ("CUDA_VISIBLE_DEVICES", "SLURM_GPUS_ON_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    args = script.build_parser().parse_args(["--threads", "1", *arguments])
+    script.set_up_device(args)
+    return args
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU here")
+@pytest.mark.parametrize("script", [baseline, distributed], ids=["baseline", "distributed"])
+@pytest.mark.parametrize("environment", [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"SLURM_GPUS_ON_NODE": "2"}])
+def test_gpus_that_torch_cannot_use_end_a_job_before_training(monkeypatch, script, environment):
+    with pytest.raises(script.ScriptError) as error:
+        set_up(script, monkeypatch, **environment)
+    message = str(error.value)
+    built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    assert built in message and "driver: " in message and "\n" not in message
+    assert "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cu126 bash run_baseline.sh --prepare" in message
+    assert "https://pytorch.org/get-started/previous-versions" in message and "--device cpu" in message
+    for wanted in ["--device", "cpu"], ["--prepare"]:
+        assert set_up(script, monkeypatch, wanted, **environment).device.type == "cpu"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU here")
+@pytest.mark.parametrize("visible", ["", "-1", "NoDevFiles"])
+def test_without_gpus_the_cpu_is_used(monkeypatch, visible):
+    assert set_up(baseline, monkeypatch, CUDA_VISIBLE_DEVICES=visible).device.type == "cpu"
