@@ -734,7 +734,7 @@ def scaling_rows(runs):
     for _, group in runs.groupby(SAME_ROW, sort=False):
         group = group[group["resumed"] == group["resumed"].min()]  # interrupted runs count if there are no others
         row = group.iloc[0].to_dict() | group[MEDIANS].median().to_dict()
-        row |= {name: sorted(set(group[name].explode().astype(str))) for name in ("run_name", "hosts", "commit")}
+        row |= {name: sorted(set(map(str, group[name].explode()))) for name in ("run_name", "hosts", "commit")}
         row |= {"n": len(group), "range": (group["train"].min(), group["train"].max()), "remark": None}
         rows.append(row | {"speedup": math.nan, "efficiency": math.nan})
     for row in rows:
@@ -775,8 +775,8 @@ def explain_loss(row, base, mode):
         return f"{text}; likely causes: a poor baseline (--micro-batch-size), batches that fit a cache, a busy machine"
     if min(lost[cause] / seconds, 1 - row["efficiency"]) <= scatter:
         return None
-    if cause == "rest" and on_gpu and mode == "strong" and rest / steps > (1 + 1 / p) / 2 * base_step:
-        cause = "host"
+    if cause == "rest" and on_gpu and mode == "strong" and p > 1 and rest / steps > (1 + 1 / p) / 2 * base_step:
+        cause, lost["host"] = "host", lost["rest"]
     size, bf16 = (4e-6, "--gradients bf16, or ") if row["gradients"] == "fp32" else (2e-6, "")
     sockets = "; NCCL_DEBUG=INFO shows whether it uses plain sockets" * (on_gpu and row["nodes"] > 1)
     spent = {
