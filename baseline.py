@@ -56,7 +56,7 @@ NOT_SETTINGS += ["device", "device_name", "host", "threads", "report"]
 
 
 class ScriptError(Exception):
-    """An end that is printed as one line: ScriptError(message, exit_status=2)."""
+    """An error reported as one line: ScriptError(message, exit_status=2)."""
 
 
 # options --------------------------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ NOT_SETTINGS += ["device", "device_name", "host", "threads", "report"]
 
 
 class ScriptError(Exception):
-    """An end that is printed as one line: ScriptError(message, exit_status=2)."""
+    """An error reported as one line: ScriptError(message, exit_status=2)."""
 
 
 # options --------------------------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def set_up_device(args):
 
 
 def agree(error="", status=2):
-    """Print an error once, and end all ranks. Every rank comes here before the training, with an error or without."""
+    """Print an error once, and end all ranks. Each rank calls this before the training, also without an error."""
     # torchrun's store is there before the ranks have joined a group, and after that has failed.
     if not dist.is_torchelastic_launched():
         return
@@ -212,7 +212,11 @@ def agree(error="", status=2):
     if error:
         store.wait([f"rank {rank} came" for rank in range(RANK)])  # the lowest rank that has an error prints it
         if store.add("errors", 1) == 1:
-            where = f" (rank {RANK} on {os.environ.get('SLURMD_NODENAME', os.uname().nodename)})" if RANK else ""
+            where = (
+                f" (rank {RANK} on {os.environ.get('SLURMD_NODENAME', os.uname().nodename)})"
+                if RANK and status == 2
+                else ""
+            )
             print(error + where, file=sys.stderr, flush=True)
             store.set("printed", "")
     store.set(f"rank {RANK} came", "")
@@ -781,7 +785,7 @@ def explain_loss(row, base, mode):
     sockets = "; NCCL_DEBUG=INFO shows whether it uses plain sockets" * (on_gpu and row["nodes"] > 1)
     spent = {
         "exchange": f"spent exchanging {size * row['parameters']:.0f} MB of gradients; try {bf16}a larger --batch-size "
-        f"(weak scaling){sockets}",
+        f"{'(weak scaling)' if mode == 'strong' else '(fewer exchanges)'}{sockets}",
         "waiting": "spent waiting for slower ranks; look for a slow or busy device or node",
         "input": "spent waiting for input; put HF_HOME on a faster disk",
         "host": f"spent on computing that does not shrink with the workers ({base_step:.3g} s per step on one): with "
@@ -907,7 +911,7 @@ def main():
     ddp_model = DistributedDataParallel(
         model,
         forward_sync_buffers=False,  # BERT's never change
-        gradient_as_bucket_view=True,  # no second copy of the gradients
+        gradient_as_bucket_view=True,  # after the exchange, the gradients are views of the buckets
         batched_grad_copy=True,  # with a hook in Python, DDP would copy them to the buckets one by one
     )
     timer = ExchangeTimer(ddp_model, args)
@@ -972,6 +976,7 @@ def main():
             clock = time.perf_counter()
         if (stop or save_now) and not last_step:
             save_checkpoint(run_path / "last.pt", settings, progress, model, optimizer)
+            dist.barrier()  # until rank 0 has written it
         if stop and not last_step:
             dist.destroy_process_group()
             raise ScriptError(f"stopped as asked after step {step}; resume it with --run-name {args.run_name}", 143)

@@ -61,14 +61,14 @@ fi
 # One process checks the input and tokenizes before any worker starts, or does all where nothing is trained.
 [[ ! " $* " =~ " "(--prepare|--report|--help|-h)" " ]] || exec "$python" "$root/distributed.py" "$@"
 "$python" "$root/distributed.py" --prepare "$@" || exit
+# By default torchrun kills the workers 30 s after SIGTERM, and shows a stack trace where a node leaves after the first.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110 LOGLEVEL=CRITICAL TORCH_CPP_LOG_LEVEL=ERROR
 if [[ -z ${SLURM_JOB_ID:-} ]]; then
     workers=$("$python" -c 'import torch; print(torch.cuda.device_count() or 2)')
     cpus=$(env -u OMP_NUM_THREADS nproc) # would take that variable's word
     export OMP_NUM_THREADS=$((cpus > workers ? cpus / workers : 1))
     exec "$python" -m torch.distributed.run --standalone --nproc-per-node="$workers" "$root/distributed.py" "$@"
 fi
-# By default torchrun kills the workers 30 s after SIGTERM, and shows a stack trace where a node leaves after the first.
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110 LOGLEVEL=CRITICAL TORCH_CPP_LOG_LEVEL=ERROR
 export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head --lines=1)}
 export MASTER_PORT=${MASTER_PORT:-$((10000 + SLURM_JOB_ID % 20000))} # below those that the system hands out by itself
 # shellcheck disable=SC2016 # On each node: a worker for each of its GPUs, or two on its CPUs.
