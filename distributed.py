@@ -212,12 +212,8 @@ def agree(error="", status=2):
     if error:
         store.wait([f"rank {rank} came" for rank in range(RANK)])  # the lowest rank that has an error prints it
         if store.add("errors", 1) == 1:
-            where = (
-                f" (rank {RANK} on {os.environ.get('SLURMD_NODENAME', os.uname().nodename)})"
-                if RANK and status == 2
-                else ""
-            )
-            print(error + where, file=sys.stderr, flush=True)
+            where = f" (rank {RANK} on {os.environ.get('SLURMD_NODENAME', os.uname().nodename)})"
+            print(error + where * (RANK > 0 and status == 2), file=sys.stderr, flush=True)
             store.set("printed", "")
     store.set(f"rank {RANK} came", "")
     if error or store.check(["printed"]):
