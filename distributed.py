@@ -752,7 +752,7 @@ def scaling_rows(runs):
                 row["remark"] = explain_loss(row, base, mode) if row["script"] != "baseline" else None
         row["serial_fraction"] = (1 / row["speedup"] - 1 / p) / (1 - 1 / p) if mode == "strong" and p > 1 else math.nan
         row["mode"] = "baseline" if row["script"] == "baseline" else mode + " bf16" * (row["gradients"] == "bf16")
-    rows.sort(key=lambda row: (row["script"], row["mode"], row["batch_size"], row["world_size"], row["nodes"]))
+    rows.sort(key=lambda row: (str(row["script"]), row["mode"], row["batch_size"], row["world_size"], row["nodes"]))
     usual = {name: collections.Counter(row[name] for row in rows).most_common(1)[0][0] for name in UNSEEN}
     for row in rows:
         p, batch, n = row["world_size"], row["batch_size"], len(letters) - 1
