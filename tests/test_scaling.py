@@ -514,10 +514,9 @@ def test_the_table_fits_on_100_columns(report, sample):
     assert cells[1][1:6] == ["1024", "128", "98304", "12", "123456.7"]
 
 
-def test_figures_and_an_invalid_backend(tmp_path, report, monkeypatch):
+def test_the_files_of_the_figure(tmp_path, report):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    monkeypatch.setenv("MPLBACKEND", "nonsense")
     report(record("base"), record("p", 4, 250))
     png = (tmp_path / "results/speedup.png").read_bytes()
     assert png.startswith(b"\x89PNG") and struct.unpack(">I", png[16:20])[0] == 3.5 * 300
@@ -557,7 +556,7 @@ def test_the_figure_hides_and_clips_nothing(tmp_path, count):
     assert len({line.get_marker() for line in series.values()}) == len(series)
     for axis in figure.axes:
         (low, high), points = axis.get_ylim(), [bars.lines[0].get_ydata() for bars in axis.containers]
-        assert all(low < y < high for ys in points for y in ys)
+        assert all(low < y < 0.98 * high for ys in points for y in ys)  # so that no marker is cut
 
 
 def test_numbers_of_nodes_and_batches_are_series_of_their_own(tmp_path):
