@@ -146,7 +146,7 @@ MISTAKES = {
     "repeated examples": (
         SHARE, "return np.resize(batch, -(-len(batch) // WORLD_SIZE) * WORLD_SIZE)[RANK::WORLD_SIZE]"),
     "a surplus feature that counts": (WEIGHT, "weight = WORLD_SIZE / batch_size"),
-    "the loss of one rank": ("dist.all_reduce(sums)\n", "sums *= WORLD_SIZE\n"),
+    "the loss of one rank": ("dist.all_reduce(sums)", "sums *= WORLD_SIZE"),
     "one micro-batch exchanged": ("inputs is micro_batches[-1]", "inputs is micro_batches[0]"),
 }  # fmt: skip
 
