@@ -125,7 +125,7 @@ def parse_args():
     args.run_name = args.run_name or f"{Path(__file__).stem}-{job}"
     if not re.fullmatch(r"(?!speedup$)\w[\w.+-]*", args.run_name):  # speedup.json is the report's
         raise ScriptError(f"--run-name {args.run_name}: use letters, digits and . _ + - only, and not 'speedup'")
-    outputs = [f"{args.output_dir}/{name}" for name in ("results", "logs", f"checkpoints/{args.run_name}")]
+    outputs = [f"{args.output_dir}/{name}" for name in ("results", "logs", "checkpoints")]
     for directory in (*outputs, Path(args.predictions or ".").parent):
         os.makedirs(directory, exist_ok=True)
         if not os.access(directory, os.W_OK):  # fail now, not after the training
@@ -475,6 +475,7 @@ def write(path, content):
     """Write a checkpoint (.pt) or JSON to a temporary file, then rename it: a killed job never leaves half a file."""
     partial = path.with_name(f".{path.name}.partial")
     with explained(f"{path}: cannot be written", "is there space? what was there before is unchanged", status=1):
+        path.parent.mkdir(exist_ok=True)
         try:
             if path.suffix == ".pt":
                 torch.save(content, partial)  # not to an open file: an interrupt while it writes would be lost
@@ -666,8 +667,7 @@ def main():
         first, last_clock, clock, pending = step - len(losses), clock, time.perf_counter(), []
         seconds["train"] += clock - last_clock
         speed = sum(map(len, batches[first:step])) / (clock - last_clock)
-        progress["step"] = step
-        progress["losses"] += losses
+        progress |= {"step": step, "losses": progress["losses"] + losses}
         show_steps(writer, bar, progress, losses, {"speed/features_per_s": speed, "lr": group["lr"]})
         if not np.isfinite(losses).all():
             raise ScriptError(f"stopped: the loss is not finite at step {step}; try a lower --lr", 1)
