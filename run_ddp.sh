@@ -6,12 +6,12 @@
 #   bash run_ddp.sh --sample                              on this machine, or on the nodes of salloc
 #
 # MASTER_ADDR and MASTER_PORT say where the workers meet, if not at the first node's name; NCCL_SOCKET_IFNAME and
-# GLOO_SOCKET_IFNAME choose the network. For set-up, PYTHON and TRAIN_PYTHON see run_baseline.sh.
+# GLOO_SOCKET_IFNAME choose the network. For set-up, PYTHON and TRAIN_PYTHON, see run_baseline.sh.
 #SBATCH --job-name=distributed --output=%x-%j.out --open-mode=append
 #SBATCH --nodes=2 --ntasks-per-node=1 --gres=gpu:2 --cpus-per-task=16 --time=02:00:00
 # Two minutes before the end Slurm asks the training to stop: it writes a checkpoint, and the job is queued again.
 #SBATCH --signal=TERM@120 --requeue
-# What your site may want; take one # away:
+# Your site may need these (remove one # to enable a line):
 ##SBATCH --gres=gpu:a100:2 --mem=64G
 ##SBATCH --partition=gpu --account=project
 set -euo pipefail
@@ -37,7 +37,7 @@ if [[ -n ${TRAIN_PYTHON:-} ]]; then
 elif ! is_complete; then
     ((${SLURM_JOB_NUM_NODES:-1} == 1)) || fail "no complete .venv: first run bash $launcher --prepare on a login node"
     "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "$base is older than Python 3.10: set PYTHON"
-    # Of several starts at once, one installs and the others wait. --clear: pip would keep a torch of another index.
+    # If several jobs start at once, one installs and the others wait. --clear: else pip keeps another index's torch.
     (flock 9 && { is_complete || { "$base" -m venv --clear "$root/.venv" &&
         "$python" -m pip install -r "$root/requirements.txt" &&
         "$python" -m pip install --no-deps --require-hashes -r "$root/sample/requirements.txt" &&
@@ -48,24 +48,24 @@ if [[ -n ${SLURM_JOB_ID:-} ]]; then
     echo "job $SLURM_JOB_ID started $(date --utc +%FT%TZ) on $SLURM_JOB_NODELIST"
     asked=${SLURM_GPUS_PER_NODE:-0}
     ((${SLURM_GPUS_ON_NODE:-99} >= ${asked##*:})) || fail "instead of --gpus-per-node=$asked, use --gres=gpu:$asked"
-    # A step gets one task on each node, with all CPUs that the job has there; srun would read the old values.
+    # A step gets one task per node, with all of the job's CPUs there; srun would take these variables as its options.
     unset SLURM_EXPORT_ENV SLURM_NTASKS SLURM_NPROCS SLURM_CPUS_PER_TASK SLURM_CPUS_PER_GPU SLURM_TRES_PER_TASK
     cpus=$(tr , '\n' <<< "$SLURM_JOB_CPUS_PER_NODE" | sort --numeric-sort | sed 's/(.*//; q')
     step=(srun --quiet --quit-on-interrupt --kill-on-bad-exit=1 --nodes="$nodes" --ntasks-per-node=1 -c "$cpus")
-    # In the shell of srun --pty, a new step would wait for that shell to end. Other shells have high numbers or none.
+    # In the shell of srun --pty, a new step would wait for that shell to end. Other shells have high step IDs or none.
     ((${SLURM_STEP_ID:-4294967290} >= 4294967290)) || step+=(--overlap)
     # Compute nodes seldom reach the internet, and sbatch --export=NONE leaves PATH unexported.
     export PATH HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} OMP_NUM_THREADS=$cpus
 fi
 # The launcher's own: what to run. -------------------------------------------------------------------------------------
-# One process checks the input and tokenizes before any worker starts, or does all where nothing is trained.
+# One process checks the input and tokenizes before any worker starts, or does everything if nothing is trained.
 [[ ! " $* " =~ " "(--prepare|--report|--help|-h)" " ]] || exec "$python" "$root/distributed.py" "$@"
 "$python" "$root/distributed.py" --prepare "$@" || exit
-# By default torchrun kills the workers 30 s after SIGTERM, and shows a stack trace where a node leaves after the first.
+# By default torchrun kills workers 30 s after SIGTERM, and every node but the first to exit prints a stack trace.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110 LOGLEVEL=CRITICAL TORCH_CPP_LOG_LEVEL=ERROR
 if [[ -z ${SLURM_JOB_ID:-} ]]; then
     workers=$("$python" -c 'import torch; print(torch.cuda.device_count() or 2)')
-    cpus=$(env -u OMP_NUM_THREADS nproc) # would take that variable's word
+    cpus=$(env -u OMP_NUM_THREADS nproc) # nproc would return that variable's value
     export OMP_NUM_THREADS=$((cpus > workers ? cpus / workers : 1))
     exec "$python" -m torch.distributed.run --standalone --nproc-per-node="$workers" "$root/distributed.py" "$@"
 fi
@@ -95,6 +95,6 @@ mkdir --parents "${restarts%/*}"
 [[ ! ${restarts%/*}/last.pt -nt $restarts ]] || : > "$restarts"
 echo "$SLURM_JOB_ID" >> "$restarts"
 (($(wc --lines < "$restarts") <= 3)) || fail "three restarts without a later checkpoint: give the job more --time"
-scontrol requeue "$SLURM_JOB_ID" 2> /dev/null ||
+scontrol requeue "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}" 2> /dev/null ||
     fail "this job cannot be queued again; go on with: sbatch$(printf ' %q' "$root/$launcher" "$@" --run-name "$run")"
 exit "$status"

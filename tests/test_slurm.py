@@ -182,10 +182,14 @@ def workers(output):
 
 @pytest.fixture(scope="module")
 def stalled(quick, submit):
-    """Submit, before all others, two jobs that are looked at last: Slurm looks at the time only every half minute."""
+    """Submit, before all others, jobs that are looked at last: Slurm looks at the time only every half minute.
+
+    Of the array, the first task ends at once; the second, whose job id is the array's, stands still like the other job.
+    """
+    (quick / "stall").write_text('[ "$SLURM_ARRAY_TASK_ID" = 1 ] || exec sleep 3600\n')
     return {
-        option: submit(quick, "--time=1", option, "run_baseline.sh", "--epochs", "2 3", TRAIN="sleep 3600")
-        for option in ("--requeue", "--no-requeue")
+        option: submit(quick, "--time=1", option, "run_baseline.sh", "--epochs", "2 3", TRAIN="sh stall")
+        for option in ("--array=1-2", "--no-requeue")
     }
 
 
@@ -540,8 +544,10 @@ def test_ctrl_c_in_an_allocation_leaves_nothing_behind(quick, environment, launc
 
 
 def test_three_restarts_without_a_checkpoint_end_the_job(stalled, quick, finish):
-    job = finish(quick, stalled["--requeue"])
+    other, job = (finish(quick, f"{stalled['--array=1-2']}_{task}") for task in (1, 2))
+    assert other.state == "COMPLETED" and other.fields["Restarts"] == "0"  # it was not queued again with its array
     assert job.state == "FAILED" and job.fields["Restarts"] == "3"
+    assert job.number == stalled["--array=1-2"]
     assert job.output.count(f"job {job.number} started") == 4
     assert job.output.splitlines()[-1].startswith("run_baseline.sh: error: three restarts without a later checkpoint")
 
