@@ -50,9 +50,9 @@ HUB_DATASET = "rajpurkar/squad_v2"
 LOG_EVERY = {"cpu": 1, "cuda": 20}  # steps; reading a loss makes the host wait for the GPU, so not at every step
 MAX_ANSWER_TOKENS = 30
 DEV_SCALARS = {"loss/dev": "dev_loss", "score/exact": "exact", "score/f1": "f1", "score/best_f1": "best_f1"}
-# Options that do not change what is trained: a run can be resumed, and compared, with others.
+# Options that do not change what is trained: a run may be resumed with other values of them.
 NOT_SETTINGS = ["run_name", "output_dir", "checkpoint_every", "evaluate_every", "predictions", "prepare"]
-NOT_SETTINGS += ["device", "device_name", "host", "threads", "report"]
+NOT_SETTINGS += ["device", "device_name", "host", "threads", "commit", "report"]
 
 
 class ScriptError(Exception):
@@ -102,7 +102,7 @@ def build_parser():
     add("--output-dir", default=".", metavar="DIR", help="for results/, logs/ and checkpoints/ (default: here)")
     add("--evaluate-every", type=count, metavar="STEPS", help="default: at the end of each epoch")
     add("--checkpoint-every", type=count, metavar="STEPS", help="default: only when asked to stop (SIGTERM)")
-    add("--predictions", metavar="FILE", help="write {id: answer}, with -na and -spans, for the official scorer")
+    add("--predictions", metavar="FILE", help="answers for the official scorer; also FILE's -na (scores) and -spans")
     add("--prepare", action="store_true", help="check, download and tokenize, then stop: for a login node")
     return parser
 
@@ -155,7 +155,7 @@ def explained(what, advice, status=2):
     try:
         yield
     except Exception as error:  # the hub's client, Arrow, safetensors and the tokenizer raise many kinds
-        if isinstance(error, ScriptError):
+        if isinstance(error, (ScriptError, torch.OutOfMemoryError)):
             raise
         reason = f"no key {error}" if isinstance(error, KeyError) else str(error).strip() or type(error).__name__
         raise ScriptError(f"{what}: {reason.splitlines()[0]}; {advice}", status) from error
@@ -174,6 +174,8 @@ def set_up_device(args):
         raise ScriptError(f"{cannot}, for an older driver, {older} (https://pytorch.org/get-started/previous-versions)")
     args.device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
     args.host = os.environ.get("SLURMD_NODENAME", os.uname().nodename)
+    git = f"git -C '{HERE}' describe --always --dirty --abbrev=40 --exclude='*'"
+    args.commit = re.fullmatch(r"(\w{40})(-dirty)?", subprocess.getoutput(git)) or [None, None, None]
     cpu_names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) or [os.uname().machine]
     args.device_name = torch.cuda.get_device_name(args.device) if on_gpu else cpu_names[0]
     torch.set_num_threads(args.threads or torch.get_num_threads())
@@ -226,7 +228,7 @@ def make_features(batch, indices, tokenizer, max_length, doc_stride):
 
     The label is the first and last token of the first answer, or [CLS] (token 0) twice if the window does not contain
     it. Context token i begins at character text_starts[i], and the one before it ends at text_ends[i]: between them are
-    white space and characters that the tokenizer drops, such as combining marks. Both end with what follows the window.
+    white space and characters that the tokenizer drops, such as combining marks. The last pair is for what comes after.
     """
     questions = [question.strip() for question in batch["question"]]
     question_lengths = [len(ids) for ids in tokenizer(questions, add_special_tokens=False)["input_ids"]]
@@ -236,12 +238,12 @@ def make_features(batch, indices, tokenizer, max_length, doc_stride):
     options = {"truncation": "only_second", "return_overflowing_tokens": True, "return_offsets_mapping": True}
     windows = tokenizer(questions, batch["context"], max_length=max_length, stride=doc_stride, **options)
     features, rows = collections.defaultdict(list), windows["overflow_to_sample_mapping"]
-    context_starts = [question_lengths[row] + 2 for row in rows]  # not the first [SEP]: the question may contain one
+    context_starts = [question_lengths[row] + 2 for row in rows]  # counted, since a question may contain [SEP]
     offsets = [pairs[start:-1] for pairs, start in zip(windows["offset_mapping"], context_starts, strict=True)]
     for window, row in enumerate(rows):
         if not offsets[window]:
-            raise ScriptError(f"question {batch['id'][row]!r}: no token is left of its context; remove it")
-        # What the window leaves out ends at `low` and goes on at `high`; neighbors share doc_stride tokens.
+            raise ScriptError(f"question {batch['id'][row]!r}: its context has no tokens; remove the question")
+        # The text before the window ends at `low`, that after it starts at `high`; neighbors share doc_stride tokens.
         is_first, is_last = rows[window - 1 : window] != [row], rows[window + 1 : window + 2] != [row]
         low = 0 if is_first else offsets[window - 1][-doc_stride - 1][1]
         high = len(batch["context"][row]) if is_last else offsets[window + 1][doc_stride][0]
@@ -263,7 +265,7 @@ def make_features(batch, indices, tokenizer, max_length, doc_stride):
 
 
 def load_split(split, path, tokenizer, args):
-    """Return questions, of a file or the hub; their features, in a memory-mapped file; and facts for the record."""
+    """Return questions, from a file or the hub; their features, memory-mapped; and facts for the record."""
     with explained(path or HUB_DATASET, "give files in SQuAD's format, or run --prepare where the hub can be reached"):
         questions, digest = read_squad(path) if path else read_hub({"dev": "validation"}.get(split, split))
     sizes = {"max_length": args.max_length, "doc_stride": args.doc_stride}
@@ -283,9 +285,9 @@ def load_split(split, path, tokenizer, args):
                 log(f"{options['cache_file_name']}: damaged ({error}); tokenizing again")
                 features = questions.map(make_features, **options, load_from_cache_file=False)
     impossible = sum(not answers["text"] for answers in questions["answers"][:])
-    labelled = np.array(features["question_index"][:])[np.array(features["start_position"][:]) > 0]
+    labeled = np.array(features["question_index"][:])[np.array(features["start_position"][:]) > 0]
     facts = {"questions": len(questions), "impossible": impossible, "features": len(features)}
-    facts["lost_answers"] = len(questions) - impossible - len(np.unique(labelled))  # in no window
+    facts["lost_answers"] = len(questions) - impossible - len(np.unique(labeled))  # in no window
     log(f"{path or HUB_DATASET}: " + ", ".join(f"{fact:,} {name.replace('_', ' ')}" for name, fact in facts.items()))
     return questions, features, {f"{split}_{name}": fact for name, fact in (facts | {"sha256": digest}).items()}
 
@@ -417,7 +419,7 @@ def answer_questions(questions, features, indices, spans):
     for row, (question, window) in enumerate(best.items()):
         start, end = (spans[window, 1:3] - windows["context_start"][row]).astype(int)
         context, starts, ends = asked["context"][row], windows["text_starts"][row], windows["text_ends"][row]
-        # A character that the tokenizer drops belongs to the word that it touches; if to two, to the first.
+        # A character that the tokenizer drops belongs to the word that it touches (the first, if it touches two).
         first = re.compile(r"(?<!\S)\S*\Z|\Z").search(context, ends[start], starts[start]).start()
         text = context[first : re.compile(r"\S*").match(context, ends[end + 1], starts[end + 1]).end()]
         no_answer_score = float(null_scores[question] - spans[window, 0])
@@ -435,7 +437,7 @@ def summarize(answers, has_answer):
     no_answer_score, span_exact, span_f1 = np.array([answer[3:] for answer in answers]).T
     exact, f1 = (np.where(no_answer_score <= 0, scores, ~has_answer) for scores in (span_exact, span_f1))
     order = np.argsort(no_answer_score, kind="stable")
-    # From nothing answered, what answering one more question gains, the most certain first.
+    # Start with nothing answered, then add what each further answer gains, the most certain first.
     totals = np.cumsum([np.sum(~has_answer), *np.where(has_answer, span_f1, -1.0)[order]])
     best = int(np.argmax(totals))
     figures = {
@@ -474,7 +476,7 @@ def evaluate(model, questions, features, args):
 def write(path, content):
     """Write a checkpoint (.pt) or JSON to a temporary file, then rename it: a killed job never leaves half a file."""
     partial = path.with_name(f".{path.name}.partial")
-    with explained(f"{path}: cannot be written", "is there space? what was there before is unchanged", status=1):
+    with explained(f"{path}: cannot be written", "check the disk space; the previous file is unchanged", status=1):
         path.parent.mkdir(exist_ok=True)
         try:
             if path.suffix == ".pt":
@@ -489,7 +491,7 @@ def write(path, content):
 
 
 def check_settings(path, saved, settings):
-    """Raise ScriptError if a file was written with other settings; of input files, the checksums count."""
+    """Raise ScriptError if a file was written with other settings; input files are compared by checksum."""
     for name, value in settings.items():
         if name not in ("model", "train_file", "dev_file") and saved.get(name) != value:
             raise ScriptError(f"{path}: made with {name} {saved.get(name)!r}, not {value!r}; give another --run-name")
@@ -506,7 +508,7 @@ def save_checkpoint(path, settings, progress, model, optimizer):
 
 def load_checkpoint(path, settings, progress, model, optimizer):
     """Restore model, optimizer and random state, and bring `progress` to where the checkpoint left it."""
-    with explained(f"{path}: damaged", "remove it to start again, or give another --run-name"):
+    with explained(f"{path}: cannot be read", "if it is damaged, remove it to start again; or use another --run-name"):
         if zipfile.ZipFile(path).testzip():
             raise ValueError("wrong checksum")  # which torch.load() does not look at
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -564,13 +566,11 @@ def make_record(args, settings, progress, quality):
     """Return the timing record, from which the scaling report is made."""
     on_gpu, peak_bytes = args.device.type == "cuda", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     measured = progress["seconds"] | {"peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak_bytes}
-    git = f"git -C '{HERE}' describe --always --dirty --abbrev=40 --exclude='*'"
-    commit = re.fullmatch(r"(\w{40})(-dirty)?", subprocess.getoutput(git)) or [None, None, None]
     environment = {"device": args.device_name, "hosts": [args.host]}
     environment |= {"torch": torch.__version__, "cuda": torch.version.cuda, "transformers": transformers.__version__}
     environment |= {"nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else None}
     environment |= {"python": sys.version.split()[0], "slurm_job_id": os.environ.get("SLURM_JOB_ID")}
-    environment |= {"git_commit": commit[1], "git_dirty": bool(commit[2]) if commit[1] else None}
+    environment |= {"git_commit": args.commit[1], "git_dirty": bool(args.commit[2]) if args.commit[1] else None}
     environment["variables"] = {name: os.environ[name] for name in os.environ if re.match("NCCL_|GLOO_|UCX_", name)}
     return {
         "schema": 2,
@@ -604,7 +604,7 @@ def main():
     model.to(args.device)
     if args.compile:
         torch.fx.experimental._config.use_duck_shape = False  # or two equal sizes would be compiled anew
-        for layer in model.bert.encoder.layer:  # one by one: they share a compilation, and DDP can overlap them
+        for layer in model.bert.encoder.layer:  # one by one: they share a compilation, and DDP can exchange early
             layer.compile(dynamic=True)
     with timed(seconds, "data"):
         _, features, train_facts = load_split("train", args.train_file, tokenizer, args)
@@ -671,7 +671,7 @@ def main():
         show_steps(writer, bar, progress, losses, {"speed/features_per_s": speed, "lr": group["lr"]})
         if not np.isfinite(losses).all():
             raise ScriptError(f"stopped: the loss is not finite at step {step}; try a lower --lr", 1)
-        if evaluate_now:
+        if evaluate_now and (last_step or not stop):  # a job that must stop may not have the time
             with timed(seconds, "evaluate"):
                 quality, answers = evaluate(model, *dev, args)
             for tag, name in DEV_SCALARS.items():
@@ -713,7 +713,7 @@ if __name__ == "__main__":
     except (ScriptError, argparse.ArgumentError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         message, status = (*error.args, 2)[:2] if isinstance(error, ScriptError) else (str(error) or "interrupted", 2)
         if isinstance(error, torch.OutOfMemoryError):
-            message = "out of GPU memory: lower --micro-batch-size"
+            message = "out of GPU memory: set a lower --micro-batch-size"
         message = f"{Path(__file__).name}: {'error: ' if status else ''}{message}"
         print(message, file=sys.stderr)
         sys.exit(status)

@@ -57,9 +57,9 @@ HUB_DATASET = "rajpurkar/squad_v2"
 LOG_EVERY = {"cpu": 1, "cuda": 20}  # steps; reading a loss makes the host wait for the GPU, so not at every step
 MAX_ANSWER_TOKENS = 30
 DEV_SCALARS = {"loss/dev": "dev_loss", "score/exact": "exact", "score/f1": "f1", "score/best_f1": "best_f1"}
-# Options that do not change what is trained: a run can be resumed, and compared, with others.
+# Options that do not change what is trained: a run may be resumed with other values of them.
 NOT_SETTINGS = ["run_name", "output_dir", "checkpoint_every", "evaluate_every", "predictions", "prepare"]
-NOT_SETTINGS += ["device", "device_name", "host", "threads", "report"]
+NOT_SETTINGS += ["device", "device_name", "host", "threads", "commit", "report"]
 
 
 class ScriptError(Exception):
@@ -109,7 +109,7 @@ def build_parser():
     add("--output-dir", default=".", metavar="DIR", help="for results/, logs/ and checkpoints/ (default: here)")
     add("--evaluate-every", type=count, metavar="STEPS", help="default: at the end of each epoch")
     add("--checkpoint-every", type=count, metavar="STEPS", help="default: only when asked to stop (SIGTERM)")
-    add("--predictions", metavar="FILE", help="write {id: answer}, with -na and -spans, for the official scorer")
+    add("--predictions", metavar="FILE", help="answers for the official scorer; also FILE's -na (scores) and -spans")
     add("--gradients", choices=["fp32", "bf16"], default="fp32", help="the type in which gradients are exchanged")
     add("--report", action="store_true", help="print the scaling table of the records in --output-dir, then stop")
     add("--prepare", action="store_true", help="check, download and tokenize, then stop: for a login node")
@@ -165,7 +165,7 @@ def explained(what, advice, status=2):
     try:
         yield
     except Exception as error:  # the hub's client, Arrow, safetensors and the tokenizer raise many kinds
-        if isinstance(error, ScriptError):
+        if isinstance(error, (ScriptError, torch.OutOfMemoryError)):
             raise
         reason = f"no key {error}" if isinstance(error, KeyError) else str(error).strip() or type(error).__name__
         raise ScriptError(f"{what}: {reason.splitlines()[0]}; {advice}", status) from error
@@ -186,6 +186,8 @@ def set_up_device(args):
         raise ScriptError(f"more workers than the {torch.cuda.device_count()} GPUs of this node")
     args.device = torch.device("cuda", LOCAL_RANK) if on_gpu else torch.device("cpu")
     args.host = os.environ.get("SLURMD_NODENAME", os.uname().nodename)
+    git = f"git -C '{HERE}' describe --always --dirty --abbrev=40 --exclude='*'"
+    args.commit = re.fullmatch(r"(\w{40})(-dirty)?", subprocess.getoutput(git)) or [None, None, None]
     cpu_names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) or [os.uname().machine]
     args.device_name = torch.cuda.get_device_name(args.device) if on_gpu else cpu_names[0]
     torch.set_num_threads(args.threads or torch.get_num_threads())
@@ -204,8 +206,8 @@ def set_up_device(args):
 
 
 def agree(error="", status=2):
-    """Print an error once, and end all ranks. Each rank calls this before the training, also without an error."""
-    # torchrun's store is there before the ranks have joined a group, and after that has failed.
+    """Print an error once, and end all ranks. Every rank calls this before training, even without an error."""
+    # torchrun's store works before the ranks have joined a group, and even after the group has failed.
     if not dist.is_torchelastic_launched():
         return
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=TIMEOUT)
@@ -252,7 +254,7 @@ class ExchangeTimer:
     def mark(self):
         self.marks.append(torch.cuda.Event(enable_timing=True) if self.on_gpu else time.perf_counter())
         if self.on_gpu:
-            self.marks[-1].record()  # on the GPU, which is behind the host
+            self.marks[-1].record()  # in the GPU's queue, which lags behind the host
 
     def add_to(self, seconds):
         """Add the steps since the last call; a GPU must have finished them."""
@@ -299,7 +301,7 @@ def make_features(batch, indices, tokenizer, max_length, doc_stride):
 
     The label is the first and last token of the first answer, or [CLS] (token 0) twice if the window does not contain
     it. Context token i begins at character text_starts[i], and the one before it ends at text_ends[i]: between them are
-    white space and characters that the tokenizer drops, such as combining marks. Both end with what follows the window.
+    white space and characters that the tokenizer drops, such as combining marks. The last pair is for what comes after.
     """
     questions = [question.strip() for question in batch["question"]]
     question_lengths = [len(ids) for ids in tokenizer(questions, add_special_tokens=False)["input_ids"]]
@@ -309,12 +311,12 @@ def make_features(batch, indices, tokenizer, max_length, doc_stride):
     options = {"truncation": "only_second", "return_overflowing_tokens": True, "return_offsets_mapping": True}
     windows = tokenizer(questions, batch["context"], max_length=max_length, stride=doc_stride, **options)
     features, rows = collections.defaultdict(list), windows["overflow_to_sample_mapping"]
-    context_starts = [question_lengths[row] + 2 for row in rows]  # not the first [SEP]: the question may contain one
+    context_starts = [question_lengths[row] + 2 for row in rows]  # counted, since a question may contain [SEP]
     offsets = [pairs[start:-1] for pairs, start in zip(windows["offset_mapping"], context_starts, strict=True)]
     for window, row in enumerate(rows):
         if not offsets[window]:
-            raise ScriptError(f"question {batch['id'][row]!r}: no token is left of its context; remove it")
-        # What the window leaves out ends at `low` and goes on at `high`; neighbors share doc_stride tokens.
+            raise ScriptError(f"question {batch['id'][row]!r}: its context has no tokens; remove the question")
+        # The text before the window ends at `low`, that after it starts at `high`; neighbors share doc_stride tokens.
         is_first, is_last = rows[window - 1 : window] != [row], rows[window + 1 : window + 2] != [row]
         low = 0 if is_first else offsets[window - 1][-doc_stride - 1][1]
         high = len(batch["context"][row]) if is_last else offsets[window + 1][doc_stride][0]
@@ -336,7 +338,7 @@ def make_features(batch, indices, tokenizer, max_length, doc_stride):
 
 
 def load_split(split, path, tokenizer, args):
-    """Return questions, of a file or the hub; their features, in a memory-mapped file; and facts for the record."""
+    """Return questions, from a file or the hub; their features, memory-mapped; and facts for the record."""
     with explained(path or HUB_DATASET, "give files in SQuAD's format, or run --prepare where the hub can be reached"):
         questions, digest = read_squad(path) if path else read_hub({"dev": "validation"}.get(split, split))
     sizes = {"max_length": args.max_length, "doc_stride": args.doc_stride}
@@ -356,9 +358,9 @@ def load_split(split, path, tokenizer, args):
                 log(f"{options['cache_file_name']}: damaged ({error}); tokenizing again")
                 features = questions.map(make_features, **options, load_from_cache_file=False)
     impossible = sum(not answers["text"] for answers in questions["answers"][:])
-    labelled = np.array(features["question_index"][:])[np.array(features["start_position"][:]) > 0]
+    labeled = np.array(features["question_index"][:])[np.array(features["start_position"][:]) > 0]
     facts = {"questions": len(questions), "impossible": impossible, "features": len(features)}
-    facts["lost_answers"] = len(questions) - impossible - len(np.unique(labelled))  # in no window
+    facts["lost_answers"] = len(questions) - impossible - len(np.unique(labeled))  # in no window
     log(f"{path or HUB_DATASET}: " + ", ".join(f"{fact:,} {name.replace('_', ' ')}" for name, fact in facts.items()))
     return questions, features, {f"{split}_{name}": fact for name, fact in (facts | {"sha256": digest}).items()}
 
@@ -490,7 +492,7 @@ def answer_questions(questions, features, indices, spans):
     for row, (question, window) in enumerate(best.items()):
         start, end = (spans[window, 1:3] - windows["context_start"][row]).astype(int)
         context, starts, ends = asked["context"][row], windows["text_starts"][row], windows["text_ends"][row]
-        # A character that the tokenizer drops belongs to the word that it touches; if to two, to the first.
+        # A character that the tokenizer drops belongs to the word that it touches (the first, if it touches two).
         first = re.compile(r"(?<!\S)\S*\Z|\Z").search(context, ends[start], starts[start]).start()
         text = context[first : re.compile(r"\S*").match(context, ends[end + 1], starts[end + 1]).end()]
         no_answer_score = float(null_scores[question] - spans[window, 0])
@@ -508,7 +510,7 @@ def summarize(answers, has_answer):
     no_answer_score, span_exact, span_f1 = np.array([answer[3:] for answer in answers]).T
     exact, f1 = (np.where(no_answer_score <= 0, scores, ~has_answer) for scores in (span_exact, span_f1))
     order = np.argsort(no_answer_score, kind="stable")
-    # From nothing answered, what answering one more question gains, the most certain first.
+    # Start with nothing answered, then add what each further answer gains, the most certain first.
     totals = np.cumsum([np.sum(~has_answer), *np.where(has_answer, span_f1, -1.0)[order]])
     best = int(np.argmax(totals))
     figures = {
@@ -550,7 +552,7 @@ def evaluate(model, questions, features, args):
 def write(path, content):
     """Write a checkpoint (.pt) or JSON to a temporary file, then rename it: a killed job never leaves half a file."""
     partial = path.with_name(f".{path.name}.partial")
-    with explained(f"{path}: cannot be written", "is there space? what was there before is unchanged", status=1):
+    with explained(f"{path}: cannot be written", "check the disk space; the previous file is unchanged", status=1):
         path.parent.mkdir(exist_ok=True)
         try:
             if path.suffix == ".pt":
@@ -565,7 +567,7 @@ def write(path, content):
 
 
 def check_settings(path, saved, settings):
-    """Raise ScriptError if a file was written with other settings; of input files, the checksums count."""
+    """Raise ScriptError if a file was written with other settings; input files are compared by checksum."""
     for name, value in settings.items():
         if name not in ("model", "train_file", "dev_file") and saved.get(name) != value:
             raise ScriptError(f"{path}: made with {name} {saved.get(name)!r}, not {value!r}; give another --run-name")
@@ -584,7 +586,7 @@ def save_checkpoint(path, settings, progress, model, optimizer):
 
 def load_checkpoint(path, settings, progress, model, optimizer):
     """Restore model, optimizer and random state, and bring `progress` to where the checkpoint left it."""
-    with explained(f"{path}: damaged", "remove it to start again, or give another --run-name"):
+    with explained(f"{path}: cannot be read", "if it is damaged, remove it to start again; or use another --run-name"):
         if zipfile.ZipFile(path).testzip():
             raise ValueError("wrong checksum")  # which torch.load() does not look at
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -605,7 +607,7 @@ def load_checkpoint(path, settings, progress, model, optimizer):
 
 def train_step(model, micro_batches, batch_size, args):
     """Accumulate the gradient of the batch's mean loss, and return this rank's part of that loss, on the device."""
-    # DDP averages the gradients of the ranks, whose shares may differ in size: weighted like this, they add up.
+    # DDP averages over ranks, whose shares may differ in size: with this weight, the average is the batch's gradient.
     weight = WORLD_SIZE / batch_size if batch_size > RANK else 0.0
     batch_loss = torch.zeros((), device=args.device)
     for inputs in micro_batches:
@@ -648,15 +650,13 @@ def make_record(args, settings, progress, quality):
     """Return the timing record, from which the scaling report is made."""
     on_gpu, peak_bytes = args.device.type == "cuda", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     measured = progress["seconds"] | {"peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak_bytes}
-    git = f"git -C '{HERE}' describe --always --dirty --abbrev=40 --exclude='*'"
-    commit = re.fullmatch(r"(\w{40})(-dirty)?", subprocess.getoutput(git)) or [None, None, None]
     hosts, devices, ranks = zip(*gather((args.host, args.device_name, measured)), strict=True)
     measured = {name: np.max([rank[name] for rank in ranks]).item() for name in measured}
     environment = {"device": " + ".join(sorted(set(devices))), "hosts": sorted(set(hosts))}
     environment |= {"torch": torch.__version__, "cuda": torch.version.cuda, "transformers": transformers.__version__}
     environment |= {"nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else None}
     environment |= {"python": sys.version.split()[0], "slurm_job_id": os.environ.get("SLURM_JOB_ID")}
-    environment |= {"git_commit": commit[1], "git_dirty": bool(commit[2]) if commit[1] else None}
+    environment |= {"git_commit": args.commit[1], "git_dirty": bool(args.commit[2]) if args.commit[1] else None}
     environment["variables"] = {name: os.environ[name] for name in os.environ if re.match("NCCL_|GLOO_|UCX_", name)}
     return {
         "schema": 2,
@@ -681,7 +681,7 @@ SAME_WORK = ["model_sha256", "parameters", "random_init", "train_sha256", "dev_s
 SAME_WORK += ["trained_tokens", "max_length", "doc_stride", "precision", "compile", "dropout", "weight_decay"]
 SAME_WORK += ["warmup", "max_grad_norm", "device", "torch", "transformers", "threads"]
 UNSEEN = ["micro_batch_size", "lr", "sample", *SAME_WORK]  # in no column of the table; a letter stands for them
-SAME_ROW = ["script", "gradients", "world_size", "nodes", "batch_size", *UNSEEN]  # of repetitions
+SAME_ROW = ["script", "gradients", "world_size", "nodes", "batch_size", *UNSEEN]  # equal in repeated runs
 COUNTS = ["world_size", "nodes", "batch_size", "steps", "parameters", "trained_features"]
 PARTS = ["exchange", "waiting", "input"]  # of the training seconds
 MEDIANS = ["train", "total", *PARTS, "train_loss", "dev_loss", "exact", "f1", "best_f1", "best_span_f1"]
@@ -692,7 +692,7 @@ COLUMNS = {  # of the table: (key of a row, format)
     "wait": ("waiting_share", "{:.0%}"), "F1": ("f1", "{:.1f}"), "span F1": ("best_span_f1", "{:.1f}"),
 }  # fmt: skip
 MODES = ["strong", "weak", "other batch"]  # the baseline's batch, its batch per worker, any
-SCATTER = 0.03  # of the times of equal runs, assumed where they do not show more
+SCATTER = 0.03  # relative spread of equal runs' times, assumed where they do not show more
 
 
 def read_records(directory):
@@ -720,7 +720,7 @@ def read_records(directory):
 
 
 def compare(row, base):
-    """Return how far a row is from a baseline (differences in work, MODES, seconds), and the differences."""
+    """Return a sort key for the baselines of a row (differences in work, MODES, seconds), and the differences."""
     differing = [f"{name} {row[name]} (baseline: {base[name]})" for name in SAME_WORK if base[name] != row[name]]
     batches = [base["batch_size"], base["batch_size"] * row["world_size"], row["batch_size"]]  # of the MODES
     return len(differing), batches.index(row["batch_size"]), base["train"], differing
@@ -733,7 +733,7 @@ def scaling_rows(runs):
     """
     rows, letters = [], {"": ""}
     for _, group in runs.groupby(SAME_ROW, sort=False):
-        group = group[group["resumed"] == group["resumed"].min()]  # interrupted runs count if there are no others
+        group = group[group["resumed"] == group["resumed"].min()]  # use interrupted runs only if there are no others
         row = group.iloc[0].to_dict() | group[MEDIANS].median().to_dict()
         row |= {name: sorted(set(map(str, group[name].explode()))) for name in ("run_name", "hosts", "commit")}
         row |= {"n": len(group), "range": (group["train"].min(), group["train"].max()), "remark": None}
@@ -784,7 +784,7 @@ def explain_loss(row, base, mode):
         "exchange": f"spent exchanging {size * row['parameters']:.0f} MB of gradients; try {bf16}a larger --batch-size "
         f"{'(weak scaling)' if mode == 'strong' else '(fewer exchanges)'}{sockets}",
         "waiting": "spent waiting for slower ranks; look for a slow or busy device or node",
-        "input": "spent waiting for input; put HF_HOME on a faster disk",
+        "input": "spent loading input (on a GPU, partly while it computes); put HF_HOME on a faster disk",
         "host": f"spent on computing that does not shrink with the workers ({base_step:.3g} s per step on one): with "
         f"small batches, a GPU waits for its host; try {'' if row['compile'] else '--compile or '}a larger "
         "--batch-size; the network is not to blame",
@@ -796,7 +796,7 @@ def explain_loss(row, base, mode):
 
 def draw_scaling(table, fits):
     """Return a figure of speedup and efficiency over workers, with the range of the runs, for a column of print."""
-    os.environ["MPLBACKEND"] = "agg"  # whatever the user has set for windows
+    os.environ["MPLBACKEND"] = "agg"  # whatever backend the user has set
     from matplotlib.figure import Figure  # slow to import, and only needed here
 
     figure, p = Figure(figsize=(3.5, 6), layout="constrained"), np.geomspace(1, table["world_size"].max(), 100)
@@ -827,15 +827,15 @@ def report(args):
     table, commits = pd.DataFrame(rows), ", ".join(sorted({commit for row in rows for commit in row["commit"]}))
     texts = list(dict.fromkeys(f"{row['label'].split()[-1]}: {row['apart']}" for row in rows if row["apart"]))
     texts += [f"{row['name']}: {row['remark']}" for row in rows if row["remark"]]
-    texts += [f"{row['name']}: was interrupted; its seconds are those of all parts" for row in rows if row["resumed"]]
+    texts += [f"{of['name']}: interrupted; its seconds add up all parts, on any device" for of in rows if of["resumed"]]
     texts += [] if (table["script"] == "baseline").any() else ["no ratios without a baseline: start run_baseline.sh"]
     texts += ["n = 1: one run does not show how much equal runs scatter"] if (table["n"] == 1).any() else []
-    texts += [f"the scripts were not all of one clean commit: {commits}"] if " " in commits else []
+    texts += [f"the runs are from several commits, or from changed scripts: {commits}"] if " " in commits else []
     for study, strong in table[table["serial_fraction"].notna()].groupby("study", sort=False):
         e = np.average(strong["serial_fraction"], weights=(1 - 1 / strong["world_size"]) ** 2)  # least squares of 1/S
         if strong["world_size"].nunique() > 1 and strong["speedup"].min() > 1 and e > 0:
             fits[study] = e
-            texts.append(f"Amdahl's law fitted to {study}: e = {e:.3g}, so a speedup below {1 / e:.3g}")
+            texts.append(f"Amdahl's law fitted to {study}: e = {e:.3g}, so the speedup stays below {1 / e:.3g}")
     print(*sorted({"{model}, {parameters:,} parameters, {precision}, {device}".format(**of) for of in rows}), sep="\n")
     print(f"hosts: {', '.join(sorted(set(table['hosts'].explode())))}\n")
     shown = pd.DataFrame({of: table[key].map(form.format, na_action="ignore") for of, (key, form) in COLUMNS.items()})
@@ -872,7 +872,7 @@ def main():
     model.to(args.device)
     if args.compile:
         torch.fx.experimental._config.use_duck_shape = False  # or two equal sizes would be compiled anew
-        for layer in model.bert.encoder.layer:  # one by one: they share a compilation, and DDP can overlap them
+        for layer in model.bert.encoder.layer:  # one by one: they share a compilation, and DDP can exchange early
             layer.compile(dynamic=True)
     with timed(seconds, "data"):
         _, features, train_facts = load_split("train", args.train_file, tokenizer, args)
@@ -901,7 +901,7 @@ def main():
         with explained(f"{record_path}: damaged", "remove it, or give another --run-name"):
             check_settings(record_path, json.loads(record_path.read_text())["settings"], settings)
         raise ScriptError(f"{record_path}: this run is finished; for another one, give another --run-name", 0)
-    agree()  # all ranks have come so far without an error
+    agree()  # go on only if no rank has failed
     on_gpu = args.device.type == "cuda"
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=args.device if on_gpu else None)
     torch._dynamo.config.optimize_ddp = False  # it would split the layers, which are compiled one by one
@@ -958,7 +958,7 @@ def main():
         show_steps(writer, bar, progress, losses, {"speed/features_per_s": speed, "lr": group["lr"]})
         if not np.isfinite(losses).all():
             raise ScriptError(f"stopped: the loss is not finite at step {step}; try a lower --lr", 1)
-        if evaluate_now:
+        if evaluate_now and (last_step or not stop):  # a job that must stop may not have the time
             with timed(seconds, "evaluate"):
                 quality, answers = evaluate(model, *dev, args)
             for tag, name in DEV_SCALARS.items() if RANK == 0 else ():
@@ -1010,11 +1010,11 @@ if __name__ == "__main__":
     except (ScriptError, argparse.ArgumentError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         message, status = (*error.args, 2)[:2] if isinstance(error, ScriptError) else (str(error) or "interrupted", 2)
         if isinstance(error, torch.OutOfMemoryError):
-            message = "out of GPU memory: lower --micro-batch-size"
+            message = "out of GPU memory: set a lower --micro-batch-size"
         message = f"{Path(__file__).name}: {'error: ' if status else ''}{message}"
         agree(message, status)
         print(message, file=sys.stderr)
         sys.exit(status)
     except RuntimeError:
-        agree()  # ends this rank if it only lost another one, which has said why
+        agree()  # ends this rank if another one failed first and said why
         raise
