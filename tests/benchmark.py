@@ -7,6 +7,8 @@
 The parts:
     trainer    baseline.py and transformers' Trainer in three recipes, on the same questions (pip install accelerate)
     scaling    the sample by baseline.py, by one and two workers of one thread, and by two baselines side by side
+    update     what every worker repeats in a step, however many there are: clipping and the optimizer, by one process
+               of one thread and by two side by side
     data       reading and tokenizing, the second start, decoding and scoring the whole dev set
     growth     time and memory of few steps and of a whole epoch, with a tiny model
     memory     the peak beside what weights, gradients, optimizer and activations add up to
@@ -76,6 +78,7 @@ RATIOS = {
         ("efficiency against baselines side by side", "train_s", "side by side", "two workers", 1 / 2),
         ("DDP's own cost: one worker over baseline", "train_s", "one worker", "baseline", 1),
     ],
+    "update": [("sharing a CPU: side by side over alone", "update_s_per_step", "side by side", "alone", 1)],
     "data": [],
     "growth": [
         ("time of a token, whole epoch over few steps", "tokens_per_s", "few steps", "whole epoch", 1),
@@ -148,10 +151,10 @@ def measure(launch, **options):
     return measures_of(run(launch, **options))
 
 
-def measure_side_by_side(**options):
-    """Run two baselines at once; return the means of what they measure."""
+def side_by_side(function):
+    """Call a function, which runs something in a process of its own, twice at once; return the means of both."""
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        pair = list(pool.map(lambda _: measure(launcher(), **options), range(2)))
+        pair = list(pool.map(lambda _: function(), range(2)))
     return {name: (pair[0][name] + pair[1][name]) / 2 for name in pair[0]}
 
 
@@ -364,6 +367,23 @@ def train_with_trainer(recipe, train_file, threads, max_steps):
     return {"features_per_s": count / clock.seconds, "train_s": clock.seconds, "train_loss": result.training_loss}
 
 
+def measure_update(steps):
+    """Return the seconds that clipping and the optimizer take a step, with one thread and made-up gradients."""
+    torch.set_num_threads(1)
+    model = transformers.BertForQuestionAnswering.from_pretrained(ENCODER, dtype=torch.float32)
+    args = baseline.build_parser().parse_args([])
+    optimizer, seconds = torch.optim.AdamW(model.parameters(), args.lr, fused=True), 0.0
+    for step in range(steps + 1):
+        for weight in model.parameters():
+            weight.grad = torch.randn_like(weight)
+        start = time.perf_counter()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds += (time.perf_counter() - start) * (step > 0)  # the first one makes the optimizer's states
+    return {"update_s_per_step": seconds / steps}
+
+
 def measure_memory(threads):
     """Train two steps on features of full length; return the peak beside what training cannot do without."""
 
@@ -412,12 +432,15 @@ def contestants_of(part, options, directory):
             "baseline": partial(measure, launcher(), **sample),
             "one worker": partial(measure, launcher("distributed.py", 1), **sample),
             "two workers": partial(measure, launcher("distributed.py", 2), **sample),
-            "side by side": partial(measure_side_by_side, **sample),
+            "side by side": partial(side_by_side, partial(measure, launcher(), **sample)),
         }
     if part == "network":
         cut = {split: cut_sample(split, count, directory / f"{split}.json") for split, count in OVER_NETWORK.items()}
         files, records = {f"{split}_file": path for split, path in cut.items()}, directory / "records"
         return {name: partial(measure_over, name, files, records, steps) for name in ("baseline", *OVER_LINKS)}
+    if part == "update":
+        alone = partial(in_new_process, measure_update, steps or 60)
+        return {"alone": alone, "side by side": partial(side_by_side, alone)}
     if part == "memory":
         return {"baseline": partial(in_new_process, measure_memory, threads)}
     settings = COMMON | {"threads": threads, "max_steps": steps, "train_file": options.train_file or DEV_SET}
