@@ -544,7 +544,7 @@ def test_ctrl_c_in_an_allocation_leaves_nothing_behind(quick, environment, launc
 
 
 def test_three_restarts_without_a_checkpoint_end_the_job(stalled, quick, finish):
-    other, job = (finish(quick, f"{stalled['--array=1-2']}_{task}") for task in (1, 2))
+    job, other = (finish(quick, f"{stalled['--array=1-2']}_{task}") for task in (2, 1))
     assert other.state == "COMPLETED" and other.fields["Restarts"] == "0"  # it was not queued again with its array
     assert job.state == "FAILED" and job.fields["Restarts"] == "3"
     assert job.number == stalled["--array=1-2"]
