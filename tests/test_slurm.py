@@ -149,7 +149,7 @@ def finish(show):
     """Return a function that waits for a job's end and gives its state, exit status, output and record."""
 
     def finish(directory, number, record=None):
-        active = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING"}
+        active = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED"}
         slurm.wait_until(lambda: show(number)["JobState"] not in active, 900, f"the end of job {number}")
         fields = show(number)
         name = f"{fields['JobName']}-{fields['JobId']}"
