@@ -707,7 +707,7 @@ def read_records(directory):
             run |= {name: math.nan if run[name] is None else bounded(float, 0, 1e12)(run[name]) for name in MEDIANS}
             if run["schema"] != 2 or not 0 < run["train"] <= run["total"]:
                 raise ValueError("another schema, or impossible times")
-            run |= {"nccl": run["nccl"] or "", "threads": None if run["nccl"] else run["threads"]}  # GPUs compute
+            run |= {"nccl": run["nccl"] or "", "threads": None if run["nccl"] else run["threads"]}  # unused on GPUs
             run |= {name: "-" if run[name] is None else run[name] for name in SAME_ROW}  # groupby() drops null keys
             run["commit"] = f"{run['git_commit'] or 'unknown':.10}{' with changes' * bool(run['git_dirty'])}"
             scaling_rows(pd.DataFrame([run]))  # an error if something else is missing or of another type
