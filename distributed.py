@@ -172,7 +172,7 @@ def explained(what, advice, status=2):
 
 
 def set_up_device(args):
-    """Choose device, precision and threads, and write them into `args`."""
+    """Choose device, precision and threads, note host and commit, and write all of them into `args`."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0" if Path("/dev/nvidiactl").exists() else "")
     allotted = visible not in ("", "-1", "NoDevFiles") or os.environ.get("SLURM_GPUS_ON_NODE")
     on_gpu = args.device == "auto" and torch.cuda.is_available()
@@ -986,7 +986,7 @@ def main():
     if RANK > 0:
         return
     writer.close()
-    with explained(f"{run_path / 'model'}: cannot be written", "free some space", status=1):
+    with explained(f"{run_path / 'model'}: cannot be written", "check the disk space", status=1):
         model.save_pretrained(run_path / "model")
         tokenizer.save_pretrained(run_path / "model")
     if args.predictions:

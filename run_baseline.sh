@@ -8,7 +8,6 @@
 # PYTHON=python3.12 chooses the Python of .venv; TRAIN_PYTHON=/path/to/python (a module's, conda's, a container's) is
 # used as it is, without .venv. For a driver too old for torch's default build, first choose another one:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cu126 bash run_baseline.sh --prepare
-#
 #SBATCH --job-name=baseline --output=%x-%j.out --open-mode=append
 #SBATCH --nodes=1 --ntasks-per-node=1 --gres=gpu:1 --cpus-per-task=8 --time=02:00:00
 # Two minutes before the end Slurm asks the training to stop: it writes a checkpoint, and the job is queued again.
@@ -37,7 +36,8 @@ if [[ -n ${TRAIN_PYTHON:-} ]]; then
     check='import sys, importlib.metadata as of; [of.version(line.split("=")[0]) for line in open(sys.argv[1])]'
     lacks=$("$python" -c "$check" "$root/requirements.txt" 2>&1) || fail "TRAIN_PYTHON=$python: ${lacks##*$'\n'}"
 elif ! is_complete; then
-    ((${SLURM_JOB_NUM_NODES:-1} == 1)) || fail "no complete .venv: first run bash $launcher --prepare on a login node"
+    [[ ${SLURM_JOB_NUM_NODES:-1} == 1 && (! -e $mark || " $* " == *" --prepare "*) ]] || # jobs may be using an old one
+        fail "no .venv that fits: when no job is running, first run bash $launcher --prepare on a login node"
     "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "$base is older than Python 3.10: set PYTHON"
     # If several jobs start at once, one installs and the others wait. --clear: else pip keeps another index's torch.
     (flock 9 && { is_complete || { "$base" -m venv --clear "$root/.venv" &&

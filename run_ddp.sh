@@ -4,7 +4,6 @@
 #   sbatch run_ddp.sh                                     2 nodes with 2 GPUs each
 #   sbatch --nodes=1 --gres=gpu:4 run_ddp.sh --epochs 1   any other size; sbatch's own options come first
 #   bash run_ddp.sh --sample                              on this machine, or on the nodes of salloc
-#
 # MASTER_ADDR and MASTER_PORT say where the workers meet, if not at the first node's name; NCCL_SOCKET_IFNAME and
 # GLOO_SOCKET_IFNAME choose the network. For set-up, PYTHON and TRAIN_PYTHON, see run_baseline.sh.
 #SBATCH --job-name=distributed --output=%x-%j.out --open-mode=append
@@ -35,7 +34,8 @@ if [[ -n ${TRAIN_PYTHON:-} ]]; then
     check='import sys, importlib.metadata as of; [of.version(line.split("=")[0]) for line in open(sys.argv[1])]'
     lacks=$("$python" -c "$check" "$root/requirements.txt" 2>&1) || fail "TRAIN_PYTHON=$python: ${lacks##*$'\n'}"
 elif ! is_complete; then
-    ((${SLURM_JOB_NUM_NODES:-1} == 1)) || fail "no complete .venv: first run bash $launcher --prepare on a login node"
+    [[ ${SLURM_JOB_NUM_NODES:-1} == 1 && (! -e $mark || " $* " == *" --prepare "*) ]] || # jobs may be using an old one
+        fail "no .venv that fits: when no job is running, first run bash $launcher --prepare on a login node"
     "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "$base is older than Python 3.10: set PYTHON"
     # If several jobs start at once, one installs and the others wait. --clear: else pip keeps another index's torch.
     (flock 9 && { is_complete || { "$base" -m venv --clear "$root/.venv" &&

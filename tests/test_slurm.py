@@ -626,7 +626,10 @@ def test_complete_environment_is_left_alone(launch):
     assert launch("run_baseline.sh", "two words", TRAIN="exit 2")[:2] == (2, [f"{script} two words"])
     with open(launch.directory / "requirements.txt", "a") as requirements:
         requirements.write("another==1\n")
-    assert launch("run_baseline.sh")[:2] == (0, [*install, script])
+    status, found, output = launch("run_baseline.sh")  # another run may be using the old one
+    assert status == 2 and not found and output.startswith("run_baseline.sh: error: no .venv that fits: ")
+    assert launch("run_baseline.sh", "--prepare")[:2] == (0, [*install, f"{script} --prepare"])
+    assert launch("run_baseline.sh")[:2] == (0, [script])
 
 
 def test_another_index_is_another_environment(launch):
@@ -635,7 +638,8 @@ def test_another_index_is_another_environment(launch):
     assert launch("run_baseline.sh", PIP_EXTRA_INDEX_URL=old)[1] == [*install, script]
     assert launch("run_baseline.sh", PIP_EXTRA_INDEX_URL=old)[1] == [script]
     assert launch("run_baseline.sh")[1] == [script]  # a job, perhaps, that does not know of the choice
-    assert launch("run_baseline.sh", PIP_EXTRA_INDEX_URL=new)[1] == [*install, script]
+    assert launch("run_baseline.sh", PIP_EXTRA_INDEX_URL=new)[:2] == (2, [])
+    assert launch("run_baseline.sh", "--prepare", PIP_EXTRA_INDEX_URL=new)[1] == [*install, f"{script} --prepare"]
 
 
 def test_moved_project(launch):
