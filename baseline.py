@@ -927,7 +927,6 @@ def read_clocks():
 def make_record(args, settings, progress, quality):
     """Return the timing record, from which the scaling report is made."""
     seconds = progress["seconds"]
-    seconds["total"] += time.perf_counter() - START
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     nccl = None
     if args.device.type == "cuda":
@@ -1051,10 +1050,12 @@ def main():
     if (run_path / "last.pt").exists():
         load_checkpoint(run_path / "last.pt", settings, progress, model, optimizer)
     if stop_requests:
-        raise ScriptError("asked to stop before the first step, so not queued again; give the job more --time", 143)
+        raise ScriptError("asked to stop before it had done a step, so not queued again; give it more --time", 143)
     # SIGTERM, as from scancel or kill, also saves, but ends the run for good.
     signal.signal(signal.SIGTERM, lambda number, _: stop_requests.append(number))
     seconds = progress["seconds"]
+    # As if the parts of the run so far had come right before this one.
+    start = START - seconds["total"]
     board = Board(Path(args.output_dir, "logs", args.run_name), progress["scalars"])
     bar = tqdm(total=steps, initial=progress["step"], unit="step", smoothing=0, disable=None)
 
@@ -1114,6 +1115,7 @@ def main():
             logged_step = step
             logged_seconds = seconds["train"]
         if not np.isfinite(losses).all():
+            board.call("flush")
             raise ScriptError(f"stopped: the loss is not finite at step {step}; try a lower --lr", 1)
 
         # Now and then: evaluate, and save. A job that must stop may not have the time for an evaluation.
@@ -1121,6 +1123,7 @@ def main():
             with timed(seconds, "evaluate"):
                 quality, answers = evaluate(model, dev, args)
             board.show(step, {tag: quality[name] for tag, name in DEV_SCALARS.items()})
+            board.call("flush")
             shown = [f"{name} {quality[name] or 0:.1f}" for name in ("exact", "f1", "best_span_f1")]
             log(f"dev set after step {step}: loss {quality['dev_loss']:.3f}, {', '.join(shown)}")
             clocks = read_clocks()
@@ -1128,6 +1131,7 @@ def main():
             with timed(seconds, "checkpoint"):
                 # TensorBoard is never behind a checkpoint.
                 board.call("flush")
+                seconds["total"] = time.perf_counter() - start
                 save_checkpoint(run_path / "last.pt", settings, progress, model, optimizer)
             clocks = read_clocks()
         if must_stop:
@@ -1141,6 +1145,7 @@ def main():
     last_epoch = (steps - 1) // steps_per_epoch * steps_per_epoch
     losses = [loss for step, loss in progress["scalars"]["loss/train"].items() if step > last_epoch]
     quality["train_loss"] = sum(losses) / len(losses)
+    seconds["total"] = time.perf_counter() - start
     record = make_record(args, settings, progress, quality)
     write(record_path, record)
     board.call("close")

@@ -1015,7 +1015,6 @@ def read_clocks():
 def make_record(args, settings, progress, quality):
     """Return the timing record, from which the scaling report is made."""
     seconds = progress["seconds"]
-    seconds["total"] += time.perf_counter() - START
     # The seconds of the slowest rank but, in the mean, the CPU time that a rank got and its wait for the device.
     ranks = pd.DataFrame(gather(seconds))
     seconds.update(ranks.max())
@@ -1370,10 +1369,12 @@ def main():
     if len(set(gather(progress["step"]))) > 1:
         raise ScriptError(f"{run_path}: not the same on all nodes; give an --output-dir that they share")
     if any(gather(len(stop_requests))):
-        raise ScriptError("asked to stop before the first step, so not queued again; give the job more --time", 143)
+        raise ScriptError("asked to stop before it had done a step, so not queued again; give it more --time", 143)
     # SIGTERM, as from scancel or kill, also saves, but ends the run for good.
     signal.signal(signal.SIGTERM, lambda number, _: stop_requests.append(number))
     seconds = progress["seconds"]
+    # As if the parts of the run so far had come right before this one.
+    start = START - seconds["total"]
     board = Board(Path(args.output_dir, "logs", args.run_name), progress["scalars"])
     bar = tqdm(total=steps, initial=progress["step"], unit="step", smoothing=0, disable=RANK > 0 or None)
 
@@ -1443,6 +1444,7 @@ def main():
             logged_step = step
             logged_seconds = seconds["train"]
         if not np.isfinite(losses).all():
+            board.call("flush")
             raise ScriptError(f"stopped: the loss is not finite at step {step}; try a lower --lr", 1)
 
         if evaluate_now or save_now or must_stop:
@@ -1452,6 +1454,7 @@ def main():
             with timed(seconds, "evaluate"):
                 quality, answers = evaluate(model, dev, args)
             board.show(step, {tag: quality[name] for tag, name in DEV_SCALARS.items()})
+            board.call("flush")
             shown = [f"{name} {quality[name] or 0:.1f}" for name in ("exact", "f1", "best_span_f1")]
             log(f"dev set after step {step}: loss {quality['dev_loss']:.3f}, {', '.join(shown)}")
             clocks = read_clocks()
@@ -1459,12 +1462,13 @@ def main():
             with timed(seconds, "checkpoint"):
                 # TensorBoard is never behind a checkpoint.
                 board.call("flush")
+                seconds["total"] = time.perf_counter() - start
                 save_checkpoint(run_path / "last.pt", settings, progress, model, optimizer)
                 dist.barrier()  # until rank 0 has written it
             clocks = read_clocks()
         if must_stop:
             outcome = f"go on with the same command and --run-name {args.run_name}"
-            if signal.SIGTERM not in stop_requests:
+            if RANK == 0 and signal.SIGTERM not in stop_requests:
                 outcome = queue_again(outcome)
             dist.destroy_process_group()
             raise ScriptError(f"stopped as asked after step {step}; {outcome}", 143)
@@ -1474,6 +1478,7 @@ def main():
     last_epoch = (steps - 1) // steps_per_epoch * steps_per_epoch
     losses = [loss for step, loss in progress["scalars"]["loss/train"].items() if step > last_epoch]
     quality["train_loss"] = sum(losses) / len(losses)
+    seconds["total"] = time.perf_counter() - start
     record = make_record(args, settings, progress, quality)
     dist.destroy_process_group()
     if RANK > 0:
