@@ -391,12 +391,13 @@ def find_texts(context, starts, ends):
     """
     text_starts = list(starts)
     text_ends = list(ends)
+    next_starts = [*starts[1:], len(context)]
     previous = 0
-    for token, next_start in enumerate([*starts[1:], len(context)]):
+    for token in range(len(starts)):
         before = context[previous : starts[token]]
         if before and not before.isspace():
             text_starts[token] -= len(re.search(r"\S*\Z", before)[0])
-        after = context[ends[token] : next_start]
+        after = context[ends[token] : next_starts[token]]
         if after and not after.isspace():
             text_ends[token] += len(re.match(r"\S*", after)[0])
         previous = text_ends[token]
@@ -498,7 +499,7 @@ def tokenize(questions, sha256, tokenizer, args):
     key = hashlib.sha256(str(recipe).encode()).hexdigest()[:32]
     cache = Path(datasets.config.HF_DATASETS_CACHE, "squad-features")
     file = cache / f"{key}.arrow"
-    with explained(f"{cache}: cannot be used as a cache", "remove it, or set HF_HOME to a directory with space"):
+    try:
         cache.mkdir(parents=True, exist_ok=True)
         # One process tokenizes, the others wait for it. A finished file needs no lock: it may be read-only.
         lock = contextlib.nullcontext() if file.exists() else filelock.FileLock(cache / f"{key}.lock")
@@ -512,6 +513,9 @@ def tokenize(questions, sha256, tokenizer, args):
                 cache_file_name=str(file),
                 new_fingerprint=key,
             )
+    except (OSError, pyarrow.ArrowException) as error:
+        advice = "remove it, or set HF_HOME to a directory with space"
+        raise ScriptError(f"{cache}: cannot be used as a cache: {error}; {advice}") from error
 
 
 def load_split(name, path, tokenizer, args):
