@@ -965,6 +965,9 @@ def make_record(args, settings, progress, quality):
     }
 
 
+# main -----------------------------------------------------------------------------------------------------------------
+
+
 def main():
     # The warnings of these libraries are about what this script does on purpose. Torch's are shown.
     for library in ("datasets", "filelock", "huggingface_hub", "transformers"):

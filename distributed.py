@@ -1262,6 +1262,9 @@ def report(args):
     pd.concat(tables).to_json(results / "speedup.json", orient="records", indent=2)
 
 
+# main -----------------------------------------------------------------------------------------------------------------
+
+
 def main():
     # The warnings of these libraries are about what this script does on purpose. Torch's are shown.
     for library in ("datasets", "filelock", "huggingface_hub", "transformers"):
