@@ -251,10 +251,13 @@ def set_up_device(args):
     on_gpu = args.device == "auto" and torch.cuda.is_available()
     # A job that was given GPUs must not waste hours on the CPU.
     if args.device == "auto" and "SLURM_GPUS_ON_NODE" in os.environ and not (on_gpu or args.prepare):
-        with explained(f"torch {torch.__version__} cannot use the GPU", "see the README, or use --device cpu"):
-            # It says why, where it can.
+        try:
             torch.cuda.init()
-            raise RuntimeError("it sees none")
+            reason = "it sees none"
+        except (AssertionError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+        advice = "see the README on older drivers, or use --device cpu"
+        raise ScriptError(f"torch {torch.__version__} cannot use the GPU: {reason}; {advice}")
     gpus = torch.cuda.device_count()
     if on_gpu and gpus <= LOCAL_RANK:
         raise ScriptError(f"more workers than the {gpus} GPUs of this node")
