@@ -1328,21 +1328,20 @@ def main():
     indices = torch.from_numpy(order).to(args.device).split(sizes)
     optimizer = make_optimizer(model, args)
 
-    # What is trained, and on what: only runs that agree in it can be resumed, or compared.
-    settings = {
-        "script": SCRIPT,
-        "world_size": WORLD_SIZE,
-        "model_sha256": model_sha256,
-        "parameters": sum(weight.numel() for weight in model.parameters()),
-        "steps": steps,
-        "trained_features": len(order),
-        "trained_tokens": int(train.lengths[order].sum()),
-    }
+    # What is trained, and on what: only runs that agree in it can be resumed, or compared. The options come first: if
+    # several settings differ, the first is named.
+    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
+    settings.update(
+        script=SCRIPT,
+        world_size=WORLD_SIZE,
+        model_sha256=model_sha256,
+        parameters=sum(weight.numel() for weight in model.parameters()),
+        steps=steps,
+        trained_features=len(order),
+        trained_tokens=int(train.lengths[order].sum()),
+    )
     for name, split in (("train", train), ("dev", dev)):
         settings.update({f"{name}_{fact}": value for fact, value in split.facts.items()})
-    for name, value in vars(args).items():
-        if name not in NOT_SETTINGS:
-            settings[name] = value
     log(f"{args.run_name}: {args.model}, {settings['parameters'] / 1e6:.1f} M parameters, {args.precision}")
     log(f"{steps} steps of {max(sizes)} features on {WORLD_SIZE} x {args.device_name}")
 
