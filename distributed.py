@@ -849,8 +849,8 @@ def prediction_paths(args):
     """Return the three files of --predictions, or none without it: answers, scores of no answer, best spans."""
     if args.predictions is None:
         return []
-    path = Path(args.predictions)
-    return [path.with_stem(path.stem + ending) for ending in ("", "-na", "-spans")]
+    stem, suffix = os.path.splitext(args.predictions)
+    return [Path(f"{stem}{ending}{suffix}") for ending in ("", "-na", "-spans")]
 
 
 def claim_outputs(args, record_path, run_path):
