@@ -12,8 +12,8 @@ The parts:
     data       reading and tokenizing, the second start, decoding and scoring the whole dev set
     growth     time and memory of few steps and of a whole epoch, with a tiny model
     memory     the peak beside what weights, gradients, optimizer and activations add up to
-    device     every precision, compiled or not, with three batch sizes: BERT-base with random weights on a GPU, the
-               packaged encoder on a CPU
+    device     every precision, not compiled, compiled by layers as --compile does, or as a whole, with three batch
+               sizes: BERT-base with random weights on a GPU, the packaged encoder on a CPU
     network    an epoch of some of the sample's questions by two workers in network namespaces, joined by a link that
                is not shaped, and by slow ones
 
@@ -21,7 +21,31 @@ All contestants run once a round, in rotating order; a ratio is that of two runs
 use the CPU alone.
 """
 
+# ruff: noqa: E402
 import argparse
+import os
+from pathlib import Path
+
+PARTS = ["trainer", "scaling", "update", "data", "growth", "memory", "device", "network"]
+
+
+def build_parser():
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--only", choices=PARTS, default="scaling", help="the part to measure (default: scaling)")
+    add("--rounds", type=int, default=3)
+    add("--steps", type=int, help="stop each training after so many steps, to try a part out")
+    add("--train-file", type=Path, help="SQuAD questions (default: the sample; for growth and device the dev set)")
+    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of a process, but 1 on the sample")
+    add("--output", type=Path, default=Path("benchmark.json"), metavar="FILE")
+    add("--keep", type=Path, metavar="DIR", help="keep records and reports of the part 'network' here, a folder a link")
+    return parser
+
+
+# Before the imports that are slow, or need what only the tests need, so that --help does without them.
+OPTIONS = build_parser().parse_args() if __name__ == "__main__" else None
+
 import concurrent.futures
 import contextlib
 import functools
@@ -29,7 +53,6 @@ import itertools
 import json
 import logging
 import multiprocessing
-import os
 import re
 import shutil
 import signal
@@ -37,7 +60,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -58,6 +80,22 @@ COMMON = {"model": ENCODER, "epochs": 1, "precision": "fp32", "micro_batch_size"
 # The Trainer as it comes; with batches of like length; and with these in micro-batches, too.
 RECIPES = ("plain", "grouped", "grouped, in micro-batches")
 RATES = {"unshaped": None, "1gbit": 1e9, "200mbit": 200e6}  # of a link, bit/s
+# With --compile, the scripts compile layer by layer. This compiles the whole model at once instead.
+COMPILED_AS_A_WHOLE = """
+import torch
+import baseline
+
+load_model = baseline.load_model
+
+def load_and_compile(args):
+    tokenizer, model, sha256 = load_model(args)
+    torch.fx.experimental._config.use_duck_shape = False
+    model.compile(dynamic=True)
+    return tokenizer, model, sha256
+
+baseline.load_model = load_and_compile
+baseline.main()
+"""
 OVER_LINKS = {  # contestant: (link, gradients, batch size)
     f"{link} {gradients} {mode}": (link, gradients, batch_size)
     for link in RATES
@@ -88,19 +126,6 @@ RATIOS = {
     "device": [],
     "network": [(f"speedup, {name}", "tokens_per_s", name, "baseline", 1) for name in OVER_LINKS],
 }
-
-
-def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--only", choices=list(RATIOS), default="scaling", help="the part to measure (default: scaling)")
-    add("--rounds", type=int, default=3)
-    add("--steps", type=int, help="stop each training after so many steps, to try a part out")
-    add("--train-file", type=Path, help="SQuAD questions (default: the sample; for growth and device the dev set)")
-    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of a process, but 1 on the sample")
-    add("--output", type=Path, default=Path("benchmark.json"), metavar="FILE")
-    add("--keep", type=Path, metavar="DIR", help="keep records and reports of the part 'network' here, a folder a link")
-    return parser
 
 
 # runs of the scripts --------------------------------------------------------------------------------------------------
@@ -138,12 +163,22 @@ def launcher(script="baseline.py", world_size=None, environment=()):
 
 def measures_of(record):
     """Return what is compared of a record."""
-    seconds, steps = record["seconds"], record["settings"]["steps"]
-    measures = {"train_s": seconds["train"], **record["throughput"], "input_share": seconds["input"] / seconds["train"]}
-    measures |= {"data_s": seconds["data"], "warm_up_s": seconds["warm_up"]}
-    measures |= {"peak_mb": record["memory"]["peak_bytes"] / 1e6, "train_loss": record["quality"]["train_loss"]}
-    for part in ("exchange", "waiting") if record["script"] == "distributed" else ():
-        measures[f"{part}_s_per_step"] = seconds[part] / steps
+    seconds = record["seconds"]
+    settings = record["settings"]
+    measures = {
+        "train_s": seconds["train"],
+        **record["throughput"],
+        "cpu_s_per_train_s": seconds["cpu"] / seconds["train"],
+        "data_s": seconds["data"],
+        "warm_up_s": seconds["warm_up"],
+        "peak_mb": record["memory"]["peak_bytes"] / 1e6,
+        "train_loss": record["quality"]["train_loss"],
+    }
+    parts = ["device_wait"] if record["environment"]["nccl"] else []
+    if settings["script"] == "distributed":
+        parts += ["exchange", "waiting"]
+    for part in parts:
+        measures[f"{part}_s_per_step"] = seconds[part] / settings["steps"]
     return measures
 
 
@@ -263,11 +298,11 @@ def report_links(figures, records, keep):
 # what is measured without the scripts ---------------------------------------------------------------------------------
 
 
-def load_features(path, threads):
-    """Return tokenizer, questions and features of a SQuAD file."""
-    args = argparse.Namespace(max_length=384, doc_stride=128, threads=threads)
+def load_features(path):
+    """Return the tokenizer and the questions and features of a SQuAD file."""
+    args = argparse.Namespace(max_length=384, doc_stride=128, device=torch.device("cpu"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(ENCODER)
-    return tokenizer, *baseline.load_split("train", str(path), tokenizer, args)[:2]
+    return tokenizer, baseline.load_split("train", str(path), tokenizer, args)
 
 
 def measure_starts(**options):
@@ -287,24 +322,28 @@ def measure_starts(**options):
 
 def measure_answers(threads):
     """Decode random logits of the whole dev set and score the answers: an evaluation without its model."""
-    _, questions, features = load_features(DEV_SET, threads)
-    args = argparse.Namespace(micro_batch_size=None, device=torch.device("cpu"))
-    indices, spans, decode_s = np.argsort(features["length"][:], kind="stable"), [], 0.0
-    for (inputs,) in baseline.load_batches(features, np.split(indices, range(48, len(indices), 48)), args):
-        positions = torch.arange(inputs["input_ids"].shape[1])
-        is_context = (positions >= inputs["context_start"][:, None]) & (positions < inputs["length"][:, None] - 1)
-        logits, start = torch.randn(2, *is_context.shape), time.perf_counter()
+    torch.set_num_threads(threads)
+    _, split = load_features(DEV_SET)
+    indices = np.argsort(split.lengths, kind="stable")
+    spans = []
+    decode_s = 0.0
+    for batch in np.split(indices, range(48, len(indices), 48)):
+        is_context = baseline.make_inputs(split, torch.from_numpy(batch), split.lengths[batch])["is_context"]
+        logits = torch.randn(2, *is_context.shape)
+        start = time.perf_counter()
         spans.append(baseline.best_spans(*logits, is_context))
         decode_s += time.perf_counter() - start
-    has_answer, start = np.array([bool(gold["text"]) for gold in questions["answers"][:]]), time.perf_counter()
-    answers = baseline.answer_questions(questions, features, indices, torch.cat(spans).numpy())
+    has_answer = np.array([len(gold["text"]) > 0 for gold in split.questions["answers"][:]])
+    start = time.perf_counter()
+    answers = baseline.answer_questions(split, indices, torch.cat(spans).numpy())
     baseline.summarize(sorted(answers), has_answer)
     return {"decode_s": decode_s, "score_s": time.perf_counter() - start}
 
 
 def draw_questions(source, directory):
     """Write 720 random questions of a SQuAD file into a new one; return its path."""
-    questions, paragraphs = baseline.read_squad(str(source))[0], []
+    questions = baseline.read_squad(str(source), Path(source).read_bytes())
+    paragraphs = []
     for index in np.random.default_rng(42).permutation(len(questions))[:720].tolist():
         row = questions[index]
         answers = list(zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True))
@@ -330,8 +369,8 @@ def train_with_trainer(recipe, train_file, threads, max_steps):
     torch.set_num_threads(threads)
     torch.manual_seed(args.seed)
     model = transformers.BertForQuestionAnswering.from_pretrained(ENCODER, dtype=torch.float32)
-    tokenizer, _, features = load_features(train_file, threads)
-    rows = features[:]
+    tokenizer, split = load_features(train_file)
+    rows = split.table[:]
     splits = list(zip(rows["context_start"], rows["length"], strict=True))
     dataset = datasets.Dataset.from_dict({
         "input_ids": rows["input_ids"],
@@ -372,7 +411,8 @@ def measure_update(steps):
     torch.set_num_threads(1)
     model = transformers.BertForQuestionAnswering.from_pretrained(ENCODER, dtype=torch.float32)
     args = baseline.build_parser().parse_args([])
-    optimizer, seconds = torch.optim.AdamW(model.parameters(), args.lr, fused=True), 0.0
+    optimizer = baseline.make_optimizer(model, args)
+    seconds = 0.0
     for step in range(steps + 1):
         for weight in model.parameters():
             weight.grad = torch.randn_like(weight)
@@ -395,14 +435,18 @@ def measure_memory(threads):
     options = {"model": ENCODER, "precision": "fp32", "device": "cpu", "threads": threads}
     args = baseline.build_parser().parse_args(to_arguments(options))
     baseline.set_up_device(args)
-    columns = {"length": 384, "context_start": 20, "start_position": 30, "end_position": 40, "input_ids": [2000] * 384}
-    features = datasets.Dataset.from_dict({name: [value] * MICRO_BATCH for name, value in columns.items()})
+    indices = torch.arange(MICRO_BATCH)
+    lengths = np.full(MICRO_BATCH, 384)
+    feature = torch.tensor([384, 20, 30, 40])  # baseline.NUMBERS
+    numbers = torch.stack([torch.cat([384 * index[None], feature]) for index in indices], dim=1)
+    split = baseline.Split(None, None, {}, lengths, torch.full((384 * MICRO_BATCH,), 2000, dtype=torch.int32), numbers)
     before = resident("VmRSS")
     _, model, _ = baseline.load_model(args)
     model.train()
-    optimizer, saved = torch.optim.AdamW(model.parameters(), args.lr, fused=True), {}
-    for micro_batches in baseline.load_batches(features, [np.arange(MICRO_BATCH)] * 2, args):
-        baseline.train_step(model, micro_batches, MICRO_BATCH, args)
+    optimizer = baseline.make_optimizer(model, args)
+    saved = {}
+    for _ in range(2):
+        baseline.train_step(model, split, indices, lengths, args)
         optimizer.step()
         optimizer.zero_grad()
     peak = resident("VmHWM") - before
@@ -412,7 +456,7 @@ def measure_memory(threads):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        baseline.forward(model, micro_batches[0], args)
+        baseline.forward(model, baseline.make_inputs(split, indices, lengths), args)
     weights = {weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes() for weight in model.parameters()}
     activations = sum(size for pointer, size in saved.items() if pointer not in weights)
     states = 4 * sum(weights.values())  # of each weight: itself, its gradient, AdamW's two
@@ -463,10 +507,14 @@ def contestants_of(part, options, directory):
         settings["max_steps"] = steps or (50 if on_gpu else 3)
         if on_gpu:  # micro-batches that 40 GB hold
             settings |= {"model": write_model(directory), "random_init": True, "micro_batch_size": 96}
-        precisions = ["fp32", "bf16"] + ["tf32"] * on_gpu
-        for precision, compiled, size in itertools.product(precisions, (False, True), (48, 96, 192)):
-            work = settings | {"precision": precision, "compile": compiled, "batch_size": size}
-            contestants[f"{precision}{' compiled' * compiled}, batch {size}"] = partial(measure, launch, **work)
+        precisions = ["fp32", "bf16", "tf32"] if on_gpu else ["fp32", "bf16"]
+        whole = directory / "compiled_as_a_whole.py"
+        whole.write_text(COMPILED_AS_A_WHOLE)
+        environment = {"CUDA_VISIBLE_DEVICES": GPUS, "PYTHONPATH": str(ROOT)}
+        ways = {"": launch, " compiled": launch, " compiled as a whole": launcher(whole, environment=environment)}
+        for precision, (way, launch_way), size in itertools.product(precisions, ways.items(), (48, 96, 192)):
+            work = settings | {"precision": precision, "compile": way == " compiled", "batch_size": size}
+            contestants[f"{precision}{way}, batch {size}"] = partial(measure, launch_way, **work)
     run(launch, **settings | {"prepare": True})  # so that tokenizing is in no run's memory
     return contestants
 
@@ -517,8 +565,7 @@ def describe_machine():
     return machine | {"cores": len(os.sched_getaffinity(0)), "load_average": os.getloadavg()[0]}
 
 
-def main():
-    options = build_parser().parse_args()
+def main(options):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without cleaning up
     if options.only == "network" and (reason := why_no_network()):
         sys.exit(reason)
@@ -536,4 +583,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(OPTIONS)

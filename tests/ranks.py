@@ -7,6 +7,7 @@ the other ranks after one has failed and passing signals on, is tested with torc
 import itertools
 import multiprocessing
 import os
+import re
 import runpy
 import signal
 import sys
@@ -20,7 +21,8 @@ from conftest import ROOT
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     [
-        *("datasets", "filelock", "numpy", "pandas", "pyarrow", "torch", "torch.distributed", "torch._dynamo"),
+        *("datasets", "filelock", "huggingface_hub", "matplotlib.figure", "numpy", "pandas", "pyarrow.parquet"),
+        *("torch", "torch.distributed", "torch._dynamo", "torch.distributed.algorithms.ddp_comm_hooks.default_hooks"),
         *("torch.utils.tensorboard", "tqdm", "transformers", "transformers.models.bert.modeling_bert"),
     ]
 )
@@ -105,3 +107,19 @@ def run_ranks(script, arguments, directory, world_size=None, environment=()):
     run = Run(script, arguments, directory, world_size, environment).wait()
     assert not any(run.statuses), run.error
     return run
+
+
+def errors_of_ranks(text, world_size):
+    """Return {rank: its error} of a run's stderr, where each rank prints one line at most, and nothing else is.
+
+    At least one has failed. The others are ended, as by torchrun, maybe before they print theirs.
+    """
+    errors = {}
+    for line in text.splitlines():
+        found = re.fullmatch(r"(?:baseline|distributed)\.py: (?:rank (\d) on \S+: )?error: (.*)", line)
+        assert found, text
+        rank = int(found[1] or 0)
+        assert rank not in errors and rank < (world_size or 1), text
+        errors[rank] = found[2]
+    assert errors
+    return errors

@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -50,7 +51,8 @@ def test_gold_and_empty_answers_of_the_whole_dev_set():
     def summary(texts, no_answer_scores):
         rows = zip(texts, no_answer_scores, golds, strict=True)
         answers = [
-            (i, str(i), text, score, *baseline.score_answer(text, gold)) for i, (text, score, gold) in enumerate(rows)
+            baseline.Answer(i, str(i), text, score, *baseline.score_answer(text, gold))
+            for i, (text, score, gold) in enumerate(rows)
         ]
         return baseline.summarize(answers, has_answer)
 
@@ -72,9 +74,8 @@ def test_gold_and_empty_answers_of_the_whole_dev_set():
 def test_best_threshold_against_every_threshold(rows):
     rows = [(score + 1e-3 * index, has, f1 if has else 0.0) for index, (score, has, f1) in enumerate(rows)]  # no ties
     has_answer = np.array([has for _, has, _ in rows])
-    quality = baseline.summarize(
-        [(i, str(i), "x", s, float(f1 == 1), f1) for i, (s, _, f1) in enumerate(rows)], has_answer
-    )
+    answers = [baseline.Answer(i, str(i), "x", s, float(f1 == 1), f1) for i, (s, _, f1) in enumerate(rows)]
+    quality = baseline.summarize(answers, has_answer)
 
     def f1_at(threshold):
         return 100 * np.mean([f1 if score <= threshold else float(not has) for score, has, f1 in rows])
@@ -101,6 +102,16 @@ def test_best_spans_against_every_pair():
         assert found[row, 3] == starts[row, 0] + ends[row, 0]
 
 
+def test_figures_of_questions_that_are_not_there_are_null():
+    for has_answer in (True, False):
+        answers = [baseline.Answer(0, "q", "x", 1.0, 0.0, 0.0)]
+        quality = baseline.summarize(answers, np.array([has_answer]))
+        missing = {name for name, value in quality.items() if value is None}
+        of_answerable = {"has_answer_exact", "has_answer_f1", "best_span_exact", "best_span_f1"}
+        assert missing == ({"no_answer_accuracy"} if has_answer else of_answerable)
+        assert quality["f1"] == (0 if has_answer else 100)
+
+
 def test_the_best_window_answers_and_the_least_null_score_counts():
     import datasets
 
@@ -109,8 +120,15 @@ def test_the_best_window_answers_and_the_least_null_score_counts():
         "id": ["q0", "q1"], "context": [context, context],
         "answers": [{"text": ["beta gamma"], "answer_start": [6]}, {"text": [], "answer_start": []}],
     })  # fmt: skip
-    offsets = {"text_starts": [0, 6, 11, 17, 22, 23], "text_ends": [0, 5, 10, 16, 22, 23]}  # the last: after all tokens
-    features = datasets.Dataset.from_list([{"question_index": q, "context_start": 4, **offsets} for q in (0, 0, 1)])
-    spans = np.array([[1.0, 4, 4, 3.0], [5.0, 5, 6, 2.0], [4.0, 7, 7, 6.0]])
-    answers = sorted(baseline.answer_questions(questions, features, np.arange(3), spans))
-    assert answers == [(0, "q0", "beta gamma", -3.0, 1.0, 1.0), (1, "q1", "delta", 2.0, 0.0, 0.0)]
+    texts = {"text_starts": [0, 6, 11, 17, 22], "text_ends": [5, 10, 16, 22, 23]}
+    windows = [{"question_index": question, "context_start": 4, **texts} for question in (0, 0, 1)]
+    table = datasets.Dataset.from_list(windows).with_format("numpy")
+    split = SimpleNamespace(questions=questions, table=table)
+    spans = np.array([[1.0, 4, 4, 2.0], [5.0, 5, 6, 3.0], [4.0, 7, 7, 6.0]])
+    expected = [(0, "q0", "beta gamma", -3.0, 1.0, 1.0), (1, "q1", "delta", 2.0, 0.0, 0.0)]
+    assert sorted(baseline.answer_questions(split, np.arange(3), spans)) == expected
+    # In any order of the windows; and only the questions of the windows that are given.
+    for order in ([2, 0, 1], [1, 2, 0]):
+        assert sorted(baseline.answer_questions(split, np.array(order), spans[order])) == expected
+    (alone,) = baseline.answer_questions(split, np.array([2]), spans[2:])
+    assert alone == expected[1] and alone.text == "delta" and alone.no_answer_score == 2.0

@@ -19,45 +19,6 @@ from conftest import ENCODER, TINY, run_script, write_model, write_squad
 
 TOWER = "The tower stands in Paris. It was built in 1889 by Gustave Eiffel."
 WHERE = ("q1", "Where does the tower stand?", [("Paris", 20)])
-SMALL = ["--max-steps", "2", "--batch-size", "4", "--threads", "1"]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A tiny checkpoint without weights, for --random-init."""
-    return write_model(tmp_path_factory.mktemp("tiny"), **TINY)
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch, tiny):
-    """Return a function that runs baseline.py in this process, and returns its record."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(baseline.signal, "signal", lambda *_: None)  # pytest keeps its own
-
-    def run(path, *options, model=None, name="run"):
-        head = ["--random-init", "--model", tiny] if model is None else ["--model", model]
-        head += ["--output-dir", tmp_path, "--run-name", name]
-        arguments = [*head, "--train-file", path, "--dev-file", path, *SMALL, *options]
-        monkeypatch.setattr("sys.argv", ["baseline.py", *map(str, arguments)])
-        baseline.main()
-        return json.loads((tmp_path / f"results/{name}.json").read_text())
-
-    return run
-
-
-@pytest.fixture
-def refused(run, tmp_path):
-    """Return a function that runs baseline.py, and returns the line it ends with, before anything was trained."""
-
-    def refused(*arguments, **named):
-        with pytest.raises(baseline.ScriptError) as error:
-            run(*arguments, **named)
-        message, status = (*error.value.args, 2)[:2]
-        assert status == 2 and "\n" not in message
-        assert not list(tmp_path.glob("results/*")) and not list(tmp_path.glob("logs/*/*"))
-        return message
-
-    return refused
 
 
 # Answers that begin or end in a character which the tokenizer drops: (context, answer). The marks are escaped.
@@ -89,25 +50,28 @@ ANSWERS = {
 }  # fmt: skip
 
 
-def labelled_answers(path, tokenizer, max_length=384, doc_stride=128):
-    """Return the text of every label, as an evaluation would give it, and the facts for the record."""
-    args = SimpleNamespace(max_length=max_length, doc_stride=doc_stride, threads=1)
-    questions, features, facts = baseline.load_split("train", path, tokenizer, args)
+def load(path, tokenizer, max_length=384, doc_stride=128):
+    args = SimpleNamespace(max_length=max_length, doc_stride=doc_stride, device=torch.device("cpu"))
+    return baseline.load_split("train", str(path), tokenizer, args)
+
+
+def labelled_answers(split):
+    """Return the text of every label, as an evaluation would give it."""
     texts = []
-    for index, feature in enumerate(features):
+    for index, feature in enumerate(split.table):
         if feature["start_position"]:
             spans = np.array([[1.0, feature["start_position"], feature["end_position"], 0.0]])
-            texts.append(baseline.answer_questions(questions, features, np.array([index]), spans)[0][2])
-    return texts, facts
+            texts.append(baseline.answer_questions(split, np.array([index]), spans)[0].text)
+    return texts
 
 
 @pytest.mark.parametrize("case", ANSWERS)
 def test_labels_and_answers_keep_dropped_characters(tmp_path, tokenizer, case):
     context, answer = ANSWERS[case]
     path = write_squad(tmp_path / "squad.json", [(context, [("q", "Which?", [(answer, context.index(answer))])])])
-    texts, facts = labelled_answers(path, tokenizer)
-    assert texts == [answer]
-    assert facts["train_lost_answers"] == 0
+    split = load(path, tokenizer)
+    assert labelled_answers(split) == [answer]
+    assert split.facts["out_of_reach"] == 0
 
 
 WORDS = st.text(st.sampled_from("aé\u0301\u200e\u00ad\u0e2a\u0e35\ud30c,(-"), min_size=1, max_size=6)
@@ -124,10 +88,12 @@ def test_labels_of_whole_words_are_these_words(tmp_path, tokenizer, words, data)
     context, answer = " ".join(words), " ".join(answer_words)
     start = len(" ".join([*words[:first], ""]))
     path = write_squad(tmp_path / "squad.json", [(context, [("q", "Which?", [(answer, start)])])])
-    texts, facts = labelled_answers(path, tokenizer, max_length=24, doc_stride=6)
+    split = load(path, tokenizer, max_length=24, doc_stride=6)
+    texts = labelled_answers(split)
     assert set(texts) <= {answer}
+    assert split.facts["out_of_reach"] == (not texts)
     if len(tokenizer.tokenize(answer)) <= 6:  # the overlap holds it
-        assert texts and facts["train_lost_answers"] == 0
+        assert texts
 
 
 @pytest.mark.parametrize("case", ["Thai", "a mark after it", "a mark before it"])
@@ -141,26 +107,58 @@ def test_a_question_that_is_learned_is_answered(tmp_path, run, case):
     assert json.loads(Path("predictions.json").read_text()) == {"q": answer}
 
 
-def test_lost_answers_are_counted(tmp_path, run, capsys):
-    """An answer of dropped characters only, and one longer than any window, are in no window."""
-    long = " ".join(["word"] * 60)
-    path = write_squad(tmp_path / "squad.json", [
-        (TOWER, [WHERE]), ("a \u200e b", [("q2", "Which?", [("\u200e", 2)])]), (long, [("q3", "What?", [(long, 0)])]),
-    ])  # fmt: skip
-    record = run(path, "--max-length", "40", "--doc-stride", "10")
-    assert (record["settings"]["train_lost_answers"], record["settings"]["dev_lost_answers"]) == (2, 2)
-    assert "2 lost answers" in capsys.readouterr().out
+def words(count):
+    return " ".join(["word"] * count)
+
+
+# Contexts of which the second part is the answer, and how many answers are then out of reach.
+REACH = {
+    "thirty tokens": (["It is ", words(30), "."], 0),
+    "thirty-one tokens": (["It is ", words(31), "."], 1),
+    "longer than any window": (["It is ", words(60)], 1),
+    "dropped characters only": (["a ", "\u200e", " b"], 1),
+    # The tokenizer makes a word of more than 100 characters one [UNK], which says nothing about the text in it.
+    "a word of 100 characters": (["in ", "nationalization" * 6 + "nationaliz", " or y"], 0),
+    "a word of 101 characters": (["in ", "nationalization" * 6 + "nationaliza", " or y"], 1),
+    "inside a long word": (["x" * 90, "yes", "z" * 90], 1),
+    "Thai without spaces": (["\u0e01" * 70, "\u0e02" * 5, "\u0e03" * 70], 1),
+    "beside a long word": (["x" * 101 + " ", "yes", " " + "z" * 101], 0),
+    "an unknown sign": (["in ", "\U0001f5fc", " or y"], 0),
+}
+
+
+@pytest.mark.parametrize("case", REACH)
+def test_answers_that_can_never_be_given_are_counted(tmp_path, run, capsys, case):
+    """The model may learn the label, but no evaluation would give this answer."""
+    parts, count = REACH[case]
+    paragraphs = [(TOWER, [WHERE]), ("".join(parts), [("q2", "Which?", [(parts[1], len(parts[0]))])])]
+    path = write_squad(tmp_path / "squad.json", paragraphs)
+    record = run(path, "--max-length", "60", "--doc-stride", "35")
+    facts = [record["settings"][f"{split}_out_of_reach"] for split in ("train", "dev")]
+    assert facts == [count, count]
+    # Once for each split.
+    assert capsys.readouterr().out.count("1 answers are out of reach") == 2 * count
+
+
+def test_an_answer_that_is_too_long_for_one_window_may_be_in_reach_of_the_next(tmp_path, tokenizer):
+    """The answer is cut by the end of the first window, and whole in the second one."""
+    context = f"{words(26)} the answer {words(40)}"
+    path = write_squad(tmp_path / "squad.json", [(context, [("q", "Why?", [("the answer", 26 * 5)])])])
+    split = load(path, tokenizer, max_length=32, doc_stride=10)
+    assert split.facts["out_of_reach"] == 0
+    assert labelled_answers(split) == ["the answer"]
+    assert split.table["in_reach"][:].tolist() == [False, True, *[False] * (len(split.lengths) - 2)]
 
 
 @pytest.mark.parametrize("question", ["Where? [SEP] In Paris. [SEP] Who?", "[SEP]", "[CLS] [MASK] who [PAD]?", "Who?"])
 def test_special_tokens_in_a_question(tmp_path, run, tokenizer, question):
     path = write_squad(tmp_path / "squad.json", [(TOWER, [("q", question, [("Gustave Eiffel", 51)])])])
     expected = tokenizer(question, TOWER)
-    args = SimpleNamespace(max_length=384, doc_stride=128, threads=1)
-    _, (feature,), _ = baseline.load_split("train", path, tokenizer, args)
-    assert feature["input_ids"] == expected["input_ids"]
+    split = load(path, tokenizer)
+    (feature,) = split.table
+    assert split.ids.tolist() == feature["input_ids"].tolist() == expected["input_ids"]
     assert feature["context_start"] == expected["token_type_ids"].index(1) == expected.sequence_ids().index(1)
-    assert labelled_answers(path, tokenizer)[0] == ["Gustave Eiffel"]
+    assert labelled_answers(split) == ["Gustave Eiffel"]
     assert run(path)["settings"]["steps"] == 2
 
 
@@ -173,21 +171,37 @@ def change(**values):
 # Records of a file: (context, question), and what is said of it; None where it works.
 RECORDS = {
     "as it should be": (TOWER, change(), None),
-    "question null": (TOWER, change(question=None), "question 'q2': it or its context is not text"),
-    "question a number": (TOWER, change(question=7), "question 'q2': it or its context is not text"),
-    "question a list": (TOWER, change(question=["Who?"]), "question 'q2': it or its context is not text"),
-    "id null": (TOWER, change(id=None), "question None: it or its context is not text, or its id is null"),
+    "question null": (TOWER, change(question=None), "question 'q2': question and context must be text"),
+    "question a number": (TOWER, change(question=7), "question 'q2': question and context must be text"),
+    "question a list": (TOWER, change(question=["Who?"]), "question 'q2': question and context must be text"),
+    "id null": (TOWER, change(id=None), "question None: its id is null or occurs twice"),
     "id an object": (TOWER, change(id={}), "question {}: "),
     "id a number": (TOWER, change(id=7), None),
-    "context null": (None, change(answers=[]), "question 'q2': it or its context is not text"),
-    "context a number": (7, change(answers=[]), "question 'q2': it or its context is not text"),
+    "context null": (None, change(answers=[]), "question 'q2': question and context must be text"),
+    "context a number": (7, change(answers=[]), "question 'q2': question and context must be text"),
     "context empty": ("", change(answers=[]), "question 'q2': its context has no tokens"),
     "context of spaces": (" \n", change(answers=[]), "question 'q2': its context has no tokens"),
     "context without tokens": ("\u200b\u200b", change(answers=[]), "question 'q2': its context has no tokens"),
     "context of half a character": ("\ud83d", change(answers=[]), "surrogates not allowed"),
     "question empty": (TOWER, change(question=" "), None),
-    "answer null": (TOWER, change(answers=[{"text": None, "answer_start": 51}]), "question 'q2': "),
-    "answer_start null": (TOWER, change(answers=[{"text": "Paris", "answer_start": None}]), "question 'q2': "),
+    "answer null": (TOWER, change(answers=[{"text": None, "answer_start": 51}]),
+                    "question 'q2': the answer None is empty or not text; where there is no answer, write []"),
+    "answer empty": (TOWER, change(answers=[{"text": "", "answer_start": 0}]),
+                     "question 'q2': the answer '' is empty or not text; where there is no answer, write []"),
+    "answer of spaces": (TOWER, change(answers=[{"text": " ", "answer_start": 3}]),
+                         "question 'q2': the answer ' ' is empty or not text; where there is no answer, write []"),
+    "answer_start null": (TOWER, change(answers=[{"text": "Paris", "answer_start": None}]),
+                          "question 'q2': answer_start must be an integer, not None"),
+    "answer_start a float": (TOWER, change(answers=[{"text": "Paris", "answer_start": 20.0}]),
+                             "question 'q2': answer_start must be an integer, not 20.0"),
+    "answer_start a text": (TOWER, change(answers=[{"text": "Paris", "answer_start": "20"}]),
+                            "question 'q2': answer_start must be an integer, not '20'"),
+    "second answer elsewhere": (
+        TOWER, change(answers=[{"text": "Paris", "answer_start": 20}, {"text": "Paris", "answer_start": 21}]),
+        "question 'q2': the answer 'Paris' is not at its answer_start 21"),
+    "impossible, with an answer": (TOWER, change(is_impossible=True),
+                                   "question 'q2': it has an answer, but is_impossible is true"),
+    "impossible": (TOWER, change(is_impossible=True, answers=[]), None),
     "answers null": (TOWER, change(answers=None), "question 'q2': "),
     "answers as the hub has them": (TOWER, change(answers={"text": ["Paris"], "answer_start": [20]}),
                                     "question 'q2': "),
@@ -217,12 +231,13 @@ def test_records(tmp_path, run, refused, case, everywhere):
 
 
 @pytest.mark.parametrize("answers", [[], [("Paris", 20)]], ids=["no question", "every question"])
-def test_dev_sets_of_one_kind(tmp_path, run, answers):
-    """Figures of questions that are not there are null."""
+def test_dev_sets_of_one_kind(tmp_path, run, capsys, answers):
+    """Figures of questions that are not there are null, and nothing is said of what the model learned."""
     path = write_squad(tmp_path / "squad.json", [(TOWER, [("q1", "Where?", answers), ("q2", "Which city?", answers)])])
     quality = run(path)["quality"]
     assert (quality["has_answer_f1"] is None) == (not answers)
     assert (quality["no_answer_accuracy"] is None) == bool(answers)
+    assert "learn" not in capsys.readouterr().out
 
 
 def write_checkpoint(directory, architecture="BertForQuestionAnswering", **sizes):
@@ -275,6 +290,11 @@ def set_tokenizer(directory, tokenizer_class):
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
 
 
+def drop_tokenizer(directory):
+    for path in directory.glob("tokenizer*"):
+        path.unlink()
+
+
 def drop_post_processor(directory):
     set_key("tokenizer.json", "post_processor", None)(directory)
     set_key("tokenizer_config.json", "tokenizer_class", "PreTrainedTokenizerFast")(directory)
@@ -283,6 +303,7 @@ def drop_post_processor(directory):
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:53aa51172d142c89d9012cce15ae4d6c\nsize 90868376\n"
 FIRST = "bert.embeddings.LayerNorm.bias"
 WIDE = "bert.encoder.layer.1.output.dense.weight"
+RELATIVE = "bert.encoder.layer.0.attention.self.distance_embedding.weight"
 
 
 def nothing(directory):
@@ -320,11 +341,27 @@ CHECKPOINTS = {
     "configuration cut": (rewrite("config.json", b"{"), {}, "not a valid JSON file"),
     "configuration not there": (rewrite("config.json", None), {}, "give a BERT checkpoint"),
     "tokenizer a pointer of Git LFS": (rewrite("tokenizer.json", POINTER), {}, "give a BERT checkpoint"),
-    "tokenizer not there": (rewrite("tokenizer.json", None), {}, "its vocabulary is missing"),
+    "tokenizer not there": (rewrite("tokenizer.json", None), {}, "it has no tokenizer files"),
+    "no tokenizer files at all": (drop_tokenizer, {}, "no tokenizer files, such as tokenizer.json or vocab.txt;"),
     "tokenizer in Python": (
         lambda directory: set_tokenizer(directory, "BertJapaneseTokenizer"), {}, "Python based tokenizers"),
     "a vocabulary only": (lambda directory: set_tokenizer(directory, "BertTokenizer"), {}, None),
     "tokenizer without post-processor": (drop_post_processor, {}, "does not make [CLS] question [SEP] context [SEP]"),
+    "relative positions": (
+        replace_weight(RELATIVE, torch.zeros(1023, 32)), {},
+        f"its encoder has weights that transformers' BERT does not use: {RELATIVE};"),
+    "relative positions, the encoder alone": (
+        replace_weight(RELATIVE.removeprefix("bert."), torch.zeros(1023, 32)), {"architecture": "BertModel"},
+        f"does not use: {RELATIVE.removeprefix('bert.')};"),
+    "a third layer": (
+        replace_weight(WIDE.replace("layer.1", "layer.2"), torch.zeros(64, 128)), {},
+        "does not use: bert.encoder.layer.2"),
+    # Checkpoints that transformers 3 wrote have them: they are 0, 1, 2 ... in all of them.
+    "position ids": (replace_weight("bert.embeddings.position_ids", torch.arange(512)[None]), {}, None),
+    "a weight not a number": (
+        replace_weight(WIDE, torch.full((64, 128), torch.nan)), {}, f"its weights are not finite numbers: {WIDE};"),
+    "a weight infinite": (
+        replace_weight(FIRST, torch.full((64,), torch.inf)), {}, f"its weights are not finite numbers: {FIRST};"),
     "more tokens than embeddings": (nothing, {"vocab_size": 1000}, "exceeds its embedding"),
     "more embeddings than tokens": (nothing, {"vocab_size": 30528}, None),
     "one token type": (nothing, {"type_vocab_size": 1}, "only one token type"),
@@ -385,18 +422,25 @@ def test_a_second_run_of_the_same_name(tmp_path, run, capsys):
     shutil.copy(path, tmp_path / "copy.json")
     run(path)
     record = (tmp_path / "results/run.json").read_text()
-    for arguments, message, status in [
-        ([path], "this run is finished", 0),
-        ([tmp_path / "copy.json", "--checkpoint-every", "1", "--evaluate-every", "1"], "this run is finished", 0),
-        ([path, "--lr", "0.001"], "made with lr 5e-05, not 0.001; give another --run-name", 2),
-        ([path, "--precision", "bf16"], "made with precision 'fp32', not 'bf16'", 2),
-        ([path, "--seed", "1"], "made with seed 42, not 1", 2),
-        ([other], "made with train_sha256 ", 2),
+    said = f"{tmp_path}/results/run.json: this run is finished; for another one, give another --run-name\n"
+    capsys.readouterr()
+    for arguments in ([path], [tmp_path / "copy.json", "--checkpoint-every", "1", "--evaluate-every", "1"]):
+        run(*arguments)
+        assert capsys.readouterr().out.endswith(said)
+    for arguments, message in [
+        ([path, "--lr", "0.001"], "made with lr 5e-05, not 0.001; give another --run-name"),
+        ([path, "--precision", "bf16"], "made with precision 'fp32', not 'bf16'"),
+        ([path, "--seed", "1"], "made with seed 42, not 1"),
+        ([other], "made with train_sha256 "),
     ]:
         with pytest.raises(baseline.ScriptError) as error:
             run(*arguments)
-        assert message in error.value.args[0] and (*error.value.args, 2)[1] == status
+        assert message in str(error.value) and error.value.status == 2
         assert (tmp_path / "results/run.json").read_text() == record
+    (tmp_path / "results/run.json").write_text("{")
+    with pytest.raises(baseline.ScriptError, match=r"results/run\.json: damaged"):
+        run(path)
+    assert (tmp_path / "results/run.json").read_text() == "{"
 
 
 # What may have happened to the file of the features since it was written: how it is spoiled.
@@ -419,20 +463,19 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("case", CACHES)
-def test_a_damaged_cache_is_made_again(tmp_path, cache, tokenizer, capsys, case):
+def test_a_damaged_cache_is_named(tmp_path, cache, refused, run, case):
     path = write_squad(tmp_path / "squad.json", [(TOWER * 50, [WHERE])])
-    args = SimpleNamespace(max_length=64, doc_stride=16, threads=1)
-    good = baseline.load_split("train", path, tokenizer, args)[1].to_dict()
+    options = ["--max-length", "64", "--doc-stride", "16"]
+    run(path, *options, name="first")
     (file,) = cache.glob("*.arrow")
     content = file.read_bytes()
     file.unlink()  # a new file: the old one is still mapped
     file.write_bytes(CACHES[case](content))
-    capsys.readouterr()
-    assert baseline.load_split("train", path, tokenizer, args)[1].to_dict() == good
-    output = capsys.readouterr().out
-    assert f"{file}: damaged" in output and "tokenizing again" in output
-    assert baseline.load_split("train", path, tokenizer, args)[1].to_dict() == good
-    assert ": damaged" not in capsys.readouterr().out
+    line = refused(path, *options)
+    assert line.startswith(f"{cache}: cannot be used as a cache: ") and "; remove it, or set HF_HOME" in line
+    # As the line says.
+    shutil.rmtree(cache)
+    run(path, *options)
 
 
 def full(*arguments, **named):
@@ -445,8 +488,13 @@ def test_a_cache_that_cannot_be_used(tmp_path, cache, refused, monkeypatch):
     line = refused(path)
     assert str(cache) in line and "HF_HOME" in line
     cache.parent.unlink()
+    acquire = baseline.filelock.FileLock.acquire
     with monkeypatch.context() as patch:
-        patch.setattr(baseline.filelock.FileLock, "acquire", full)
+        patch.setattr(
+            baseline.filelock.FileLock, "acquire",
+            # Only that of the cache, not that of the run.
+            lambda lock, **named: full() if str(cache) in lock.lock_file else acquire(lock, **named),
+        )  # fmt: skip
         line = refused(path)
     assert str(cache) in line and "HF_HOME" in line and "No space left" in line
     with monkeypatch.context() as patch:

@@ -59,6 +59,7 @@ def test_a_gpu_gives_the_losses_of_the_cpu(train, cpu_losses, options, tolerance
     assert losses == pytest.approx(cpu_losses, rel=tolerance)
     assert record["environment"]["cuda"] and record["memory"]["peak_bytes"] > 100e6
     assert record["settings"]["precision"] == options[1]
+    assert 0 < record["seconds"]["device_wait"] < record["seconds"]["train"]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -84,6 +85,17 @@ WATCH = """
 import torch, {script} as script
 from torch.cuda import set_sync_debug_mode
 tolist, train_step, warm_up, seen = torch.Tensor.tolist, script.train_step, script.warm_up, []
+load_split, make_inputs = script.load_split, script.make_inputs
+
+def watched_load_split(*given):
+    split = load_split(*given)
+    assert split.ids.is_cuda and split.numbers.is_cuda
+    return split
+
+def watched_make_inputs(*given):
+    inputs = make_inputs(*given)
+    assert all(tensor.is_cuda for tensor in inputs.values())
+    return inputs
 
 def watched_tolist(tensor):
     if tensor.device.type == "cuda":
@@ -101,6 +113,7 @@ def free_warm_up(*given):
     script.train_step = watched_train_step
 
 torch.Tensor.tolist, script.warm_up = watched_tolist, free_warm_up
+script.load_split, script.make_inputs = watched_load_split, watched_make_inputs
 script.main()
 assert seen == ["step"] * {steps} + ["reading"] * seen.count("reading") and "reading" in seen, seen
 """

@@ -6,19 +6,20 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from conftest import TINY, cut_sample, read_scalars, start_script, write_model
-from ranks import Run, run_ranks
+from conftest import ROOT, TINY, cut_sample, read_scalars, write_model
+from ranks import Run, errors_of_ranks, run_ranks
 from slurm import processes
 
 WORLDS = [("baseline.py", None), ("distributed.py", 2)]
 PATIENCE = 300  # seconds; only a broken script needs so many
-# Renaming a checkpoint takes 2 s more.
+# Renaming a checkpoint takes 1.5 s more.
 SLOW_CHECKPOINTS = """
 import os, pathlib, time
 
@@ -27,7 +28,7 @@ replace = os.replace
 def slow_replace(source, target):
     if str(target).endswith("last.pt"):
         pathlib.Path("writing").touch()
-        time.sleep(2)
+        time.sleep(1.5)
         pathlib.Path("writing").unlink()
     replace(source, target)
 
@@ -65,6 +66,12 @@ def steps_done(output):
 def wait_for_step(run, step):
     """Return when the run says that it has done a step from `step` on, or has ended."""
     wait_until(lambda: steps_done(run.output) >= step or not run.is_alive())
+
+
+def from_the_future(directory):
+    """Name TensorBoard's files as if the clock of the node that wrote them had been ahead."""
+    for number, path in enumerate(sorted(directory.glob("events.*"))):
+        path.rename(path.with_name(f"events.out.tfevents.99999999{number:02}.ahead.1.0"))
 
 
 def results(directory):
@@ -112,7 +119,7 @@ def check_same(directory, expected, stopped=None):
 
 @pytest.mark.parametrize(("script", "world_size"), WORLDS)
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(arguments, undisturbed, tmp_path, script, world_size):
-    """SIGKILL at random moments, and in the midst of writing a checkpoint."""
+    """SIGKILL at random moments, and in the midst of writing a checkpoint; in the end, no checkpoint is written."""
     chance, kills = random.Random(0), 12 if os.environ.get("SQUAD_LONG") == "1" else 2
     for number in range(kills):
         run = Run(script, arguments, tmp_path, world_size)
@@ -126,14 +133,15 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(arguments, undisturbed
         run.kill()
         (tmp_path / "writing").unlink()
         assert list((tmp_path / "checkpoints/r").glob(".*.partial"))
-    run = run_ranks(script, arguments, tmp_path, world_size)
+        from_the_future(tmp_path / "logs/r")
+    run = run_ranks(script, arguments[:-2], tmp_path, world_size)
     assert run.output.count("resuming after step") == 1
     record = check_same(tmp_path, undisturbed(script, world_size))
     assert 2 <= record["resumed"] <= kills  # a start that was killed before it wrote a checkpoint does not count
     # Started once more, it says that it has finished, and leaves all as it is.
     before = {path: path.read_bytes() for path in tmp_path.glob("*/**/*") if path.is_file()}
     run = run_ranks(script, arguments, tmp_path, world_size)
-    assert "this run is finished" in run.error and run.error.count("\n") == 1
+    assert "this run is finished" in run.output and run.error == ""
     assert {path: path.read_bytes() for path in tmp_path.glob("*/**/*") if path.is_file()} == before
 
 
@@ -166,26 +174,32 @@ def test_asked_to_stop_it_does_not_evaluate_first(arguments, tmp_path, script, w
     assert (tmp_path / "checkpoints/r/last.pt").exists()
 
 
+# As run_ddp.sh starts torchrun.
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--shutdown-timeout=110"]
+TORCHRUN += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
+
+
 @pytest.fixture
 def under_torchrun(arguments, tmp_path):
-    """Return a function that starts distributed.py in two ranks, waits for a step, sends a signal, and returns all
-    that is printed and the exit status; no rank may be left behind."""
+    """Return a function that starts distributed.py in two ranks, waits for a step, sends a signal, and returns the
+    lines of the script and the exit status; no rank may be left behind."""
 
-    def run(send):
-        mark = {"STARTED_IN": str(tmp_path)}  # in the environment of all processes
-        with open(tmp_path / "output", "w") as file:
-            streams = {"stdout": file, "stderr": subprocess.STDOUT}
-            process = start_script("distributed.py", arguments[:-2], tmp_path, 2, mark, **streams)
+    def run(send, environment=()):
+        mark = {"STARTED_IN": str(tmp_path), "OMP_NUM_THREADS": "1"}  # in the environment of all processes
+        command = [sys.executable, *TORCHRUN, ROOT / "distributed.py", *map(str, arguments[:-2])]
+        environment = {**os.environ, **mark, **dict(environment)}
         output = tmp_path / "output"
+        with open(output, "w") as file:
+            process = subprocess.Popen(
+                command, cwd=tmp_path, env=environment, stdout=file, stderr=file, start_new_session=True
+            )
         wait_until(lambda: steps_done(output.read_text()) >= 3 or process.poll() is not None)
         send(process)
         process.wait(PATIENCE)
         wait_until(lambda: not processes("STARTED_IN", str(tmp_path)))
-        lines = [line for line in output.read_text().splitlines() if line.startswith("distributed.py: ")]
-        assert "[rank" not in output.read_text() and 'distributed.py", line' not in output.read_text(), (
-            output.read_text()
-        )
-        return lines, process.returncode
+        text = output.read_text()
+        assert "[rank" not in text and 'distributed.py", line' not in text, text
+        return [line for line in text.splitlines() if line.startswith("distributed.py: ")], process.returncode
 
     return run
 
@@ -215,8 +229,172 @@ def test_ctrl_c_is_one_line(arguments, tmp_path, script, world_size):
         time.sleep(chance.random() / 5)
         run.send(signal.SIGINT)
         run.wait(PATIENCE)
-        assert run.error.startswith(f"{script}: error: interrupted") and run.error.count("\n") == 1
-        assert run.status in (1, 2)
+        assert run.error == f"{script}: error: interrupted\n"
+        assert set(run.statuses) == {130}
+
+
+@pytest.mark.parametrize(("script", "world_size"), WORLDS)
+def test_a_run_of_the_same_name_at_the_same_time_is_refused(arguments, tmp_path, script, world_size):
+    first = Run(script, arguments, tmp_path, world_size)
+    wait_for_step(first, 1)
+    second = Run(script, arguments, tmp_path, world_size).wait(PATIENCE)
+    assert first.is_alive() and second.status == 2
+    assert second.error == f"{script}: error: r: is being trained by another process; give another --run-name\n"
+    first.kill()
+
+
+# queued again ---------------------------------------------------------------------------------------------------------
+
+# In step 3, each rank that is named sends itself a signal.
+SIGNAL_AT_STEP_3 = """
+import os, signal, torch
+
+steps = []
+clip = torch.nn.utils.clip_grad_norm_
+
+def watched_clip(*given):
+    steps.append(1)
+    if len(steps) == 3:
+        for number in {signals}.get(int(os.environ.get("RANK", 0)), []):
+            os.kill(os.getpid(), number)
+    return clip(*given)
+
+torch.nn.utils.clip_grad_norm_ = watched_clip
+"""
+USR1 = signal.SIGUSR1.value
+TERM = signal.SIGTERM.value
+JOBS = {
+    "a job": ({"SLURM_JOB_ID": "7"}, "7"),
+    "a task of an array": ({"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}, "7_3"),
+}
+BY_HAND = "go on with the same command and --run-name r"
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """Return the variables of a job whose `scontrol` notes how it is called, and what lies in the run's directory."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    script = '#!/bin/sh\necho "$@:" $(ls -A checkpoints/r) >> calls\ntest ! -e refuse\n'
+    (tools / "scontrol").write_text(script)
+    (tools / "scontrol").chmod(0o755)
+    return {"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+
+
+def calls(directory):
+    """Return how scontrol was called."""
+    path = directory / "calls"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def ask_to_stop(script, world_size, arguments, directory, environment, signals):
+    """Run until step 3, where `signals`, {rank: [number, ...]}, arrive; return what the one line says of going on."""
+    before = SIGNAL_AT_STEP_3.format(signals=signals)
+    run = Run(script, arguments[:-2], directory, world_size, environment, before).wait(PATIENCE)
+    assert set(run.statuses) == {143} and run.error.count("\n") == 1, run.error
+    said, outcome = run.error.rstrip("\n").split("; ", 1)
+    assert said == f"{script}: error: stopped as asked after step 3"
+    assert (directory / "checkpoints/r/last.pt").exists()
+    return outcome
+
+
+@pytest.mark.parametrize(("script", "world_size"), WORLDS)
+@pytest.mark.parametrize("case", JOBS)
+def test_usr1_queues_the_job_again(arguments, slurm, tmp_path, script, world_size, case):
+    """Once, after the checkpoint was written; where the warning reaches all ranks as where it reaches the last only."""
+    variables, job = JOBS[case]
+    ranks = range(world_size or 1) if case == "a job" else [(world_size or 1) - 1]
+    signals = {rank: [USR1] for rank in ranks}
+    outcome = ask_to_stop(script, world_size, arguments, tmp_path, {**slurm, **variables}, signals)
+    assert outcome == f"job {job} is queued again"
+    assert calls(tmp_path) == [f"requeue {job}: last.pt lock"]
+
+
+@pytest.mark.parametrize(("script", "world_size"), WORLDS)
+@pytest.mark.parametrize("case", ["no job", "no scontrol", "scontrol refuses"])
+def test_usr1_says_how_to_go_on_where_the_job_cannot_be_queued(arguments, slurm, tmp_path, script, world_size, case):
+    if case == "no job":
+        del slurm["SLURM_JOB_ID"]
+    if case == "no scontrol":
+        (tmp_path / "tools/scontrol").unlink()
+    if case == "scontrol refuses":
+        (tmp_path / "refuse").touch()
+    outcome = ask_to_stop(script, world_size, arguments, tmp_path, slurm, {0: [USR1]})
+    assert outcome.endswith(BY_HAND)
+    assert (outcome == BY_HAND) == (case == "no job")
+    assert outcome.startswith("job 7 cannot be queued again (") or case == "no job"
+    assert len(calls(tmp_path)) == (case == "scontrol refuses")
+
+
+@pytest.mark.parametrize(("script", "world_size"), WORLDS)
+def test_nothing_is_queued_where_the_job_is_to_end(arguments, slurm, tmp_path, script, world_size):
+    """SIGUSR1 to the first rank and SIGTERM to the last, in the same step."""
+    signals = {0: [USR1], 1: [TERM]} if world_size else {0: [USR1, TERM]}
+    assert ask_to_stop(script, world_size, arguments, tmp_path, slurm, signals) == BY_HAND
+    assert calls(tmp_path) == []
+
+
+# While rank 0 writes the checkpoint, another signal arrives.
+SIGNAL_WHILE_SAVING = """
+import os
+
+replace = os.replace
+
+def watched_replace(source, target):
+    if str(target).endswith("last.pt"):
+        os.kill(os.getpid(), {number})
+    replace(source, target)
+
+os.replace = watched_replace
+"""
+
+
+@pytest.mark.parametrize(("script", "world_size"), WORLDS)
+@pytest.mark.parametrize("number", [USR1, TERM])
+def test_a_signal_while_it_saves(arguments, undisturbed, slurm, tmp_path, script, world_size, number):
+    """A second warning changes nothing; a job that is to end by now is not queued. The checkpoint is complete."""
+    before = SIGNAL_AT_STEP_3.format(signals={0: [USR1]}) + SIGNAL_WHILE_SAVING.format(number=number)
+    run = Run(script, arguments[:-2], tmp_path, world_size, slurm, before).wait(PATIENCE)
+    assert set(run.statuses) == {143} and run.error.count("\n") == 1, run.error
+    assert calls(tmp_path) == (["requeue 7: last.pt lock"] if number == USR1 else [])
+    assert run.error.endswith("; job 7 is queued again\n" if number == USR1 else f"; {BY_HAND}\n")
+    if number == USR1:
+        run_ranks(script, arguments[:-2], tmp_path, world_size)
+        assert check_same(tmp_path, undisturbed(script, world_size), 3)["resumed"] == 1
+
+
+# While the last rank reads the questions, the warning arrives.
+SIGNAL_WHILE_LOADING = """
+import os, pathlib, signal
+
+read_bytes = pathlib.Path.read_bytes
+
+def watched_read_bytes(path):
+    if path.name == "train.json" and os.environ.get("RANK", "1") == "1":
+        os.kill(os.getpid(), signal.SIGUSR1)
+    return read_bytes(path)
+
+pathlib.Path.read_bytes = watched_read_bytes
+"""
+
+
+@pytest.mark.parametrize(("script", "world_size"), WORLDS)
+def test_usr1_before_the_first_step_queues_nothing(arguments, slurm, tmp_path, script, world_size):
+    """Else a job that is too short even to start would be queued for ever."""
+    run = Run(script, arguments, tmp_path, world_size, slurm, SIGNAL_WHILE_LOADING).wait(PATIENCE)
+    assert set(run.statuses) == {143}
+    (error,) = errors_of_ranks(run.error, 1).values()
+    assert error.startswith("asked to stop before ") and "not queued again" in error and "--time" in error
+    assert calls(tmp_path) == [] and not (tmp_path / "checkpoints/r/last.pt").exists()
+
+
+def test_torchrun_passes_usr1_on(under_torchrun, arguments, undisturbed, slurm, tmp_path):
+    (line,), status = under_torchrun(lambda process: process.send_signal(signal.SIGUSR1), slurm)
+    assert status != 0 and line.startswith("distributed.py: error: stopped as asked after step ")
+    assert line.endswith("; job 7 is queued again") and calls(tmp_path) == ["requeue 7: last.pt lock"]
+    run_ranks("distributed.py", arguments, tmp_path, 2)
+    stopped = int(line.partition("after step ")[2].split(";")[0])
+    assert check_same(tmp_path, undisturbed("distributed.py", 2), stopped)["resumed"] == 1
 
 
 # checkpoints that cannot be used --------------------------------------------------------------------------------------
@@ -254,8 +432,9 @@ def test_other_work_is_refused(arguments, interrupted, script, world_size, case)
     directory = interrupted(script, world_size)
     before = (directory / "checkpoints/r/last.pt").read_bytes()
     run = Run(script, [*arguments, *more], directory, world_size).wait(PATIENCE)
-    assert run.status == 2 and run.error.count("\n") == 1
-    assert run.error.startswith(f"{script}: error: checkpoints/r/last.pt: {message}; give another --run-name")
+    errors = errors_of_ranks(run.error, world_size)
+    assert run.status == 2
+    assert set(errors.values()) == {f"checkpoints/r/last.pt: {message}; give another --run-name"}
     assert (directory / "checkpoints/r/last.pt").read_bytes() == before
 
 
@@ -270,9 +449,9 @@ def test_other_work_is_refused(arguments, interrupted, script, world_size, case)
 def test_another_script_or_world_size_is_refused(arguments, interrupted, made_by, world_size, message):
     script = "distributed.py" if world_size else "baseline.py"
     directory = interrupted(*made_by)
-    for _ in range(2):  # it is printed once, whichever rank is faster
-        run = Run(script, arguments, directory, world_size).wait(PATIENCE)
-        assert run.status == 2 and message in run.error and run.error.count("\n") == 1
+    run = Run(script, arguments, directory, world_size).wait(PATIENCE)
+    assert run.status == 2
+    assert all(message in error for error in errors_of_ranks(run.error, world_size).values())
 
 
 def copy_checkpoint(interrupted, script, world_size, directory):
@@ -293,9 +472,9 @@ def test_a_damaged_checkpoint_is_named(arguments, interrupted, tmp_path, script,
     if damage == "other":
         torch.save({"x": torch.zeros(2)}, path)
     run = Run(script, arguments, tmp_path, world_size).wait(PATIENCE)
-    assert run.status == 2 and run.error.count("\n") == 1, run.error
-    assert run.error.startswith(f"{script}: error: checkpoints/r/last.pt: cannot be read: ")
-    assert "if it is damaged, remove it" in run.error
+    assert run.status == 2
+    for error in errors_of_ranks(run.error, world_size).values():
+        assert error.startswith("checkpoints/r/last.pt: cannot be read: ") and "if it is damaged, remove it" in error
 
 
 def test_what_is_loaded_cannot_run_code(arguments, interrupted, tmp_path):
@@ -316,8 +495,10 @@ def test_a_full_disk_keeps_the_last_checkpoint(arguments, interrupted, tmp_path,
     path = copy_checkpoint(interrupted, script, world_size, tmp_path)
     before = path.read_bytes()
     run = Run(script, arguments, tmp_path, world_size, before=FULL_DISK).wait(PATIENCE)
-    assert run.status in (1, 2) and 0 not in run.statuses and run.error.count("\n") == 1, run.error
-    assert run.error.startswith(f"{script}: error: checkpoints/r/last.pt: cannot be written: ")
-    assert "check the disk space; the previous file is unchanged" in run.error
+    errors = errors_of_ranks(run.error, world_size)
+    assert run.statuses[0] == 1 and errors[0].startswith("checkpoints/r/last.pt: cannot be written: ")
+    assert errors[0].endswith("; check the disk space; the previous file is unchanged")
+    # The other ranks, which only wait until it is written, lose the first.
+    assert all(error.startswith("lost the connection to another rank") for rank, error in errors.items() if rank)
     assert path.read_bytes() == before
     assert not list((tmp_path / "checkpoints/r").glob(".*")) and not (tmp_path / "results/r.json").exists()

@@ -11,19 +11,18 @@ from conftest import ROOT
 
 # What distribution changes, and why.
 DIFFER = {
+    "fail": "which rank has failed; rank 0 speaks for all where they end alike",
     "build_parser": "--gradients and --report",
     "log": "only rank 0 speaks",
     "set_up_device": "a GPU for each local rank",
-    "evaluate": "each question on one rank",
-    "save_checkpoint": "the random states of all ranks; only rank 0 writes",
-    "load_checkpoint": "a rank's own random state",
+    "evaluate": "each window on one rank, each question once",
+    "save_checkpoint": "only rank 0 writes",
+    "Board": "only rank 0 writes",
     "train_step": "the weight of a rank's share; one exchange in a step",
-    "warm_up": "a rank's share",
-    "show_steps": "only rank 0 writes",
     "make_record": "the largest times of all ranks, and all hosts",
     "main": "joining and leaving the group, wrapping in DDP, agreeing on when to stop, the report",
 }
-ADDED = ["agree", "gather", "share_of", "ExchangeTimer"]  # and the section on scaling
+ADDED = ["gather", "ExchangeTimer"]  # and the section on scaling
 SECTIONS = ["options", "device", "data", "model", "evaluation", "checkpoints", "training"]
 
 
@@ -41,20 +40,33 @@ def test_shared_functions_are_the_same_to_the_letter_and_in_order():
     assert [name for name in added if source.index(theirs[name]) < scaling] == ADDED
 
 
-def test_constants_are_the_same():
-    def constants(script):
-        body = ast.parse((ROOT / script).read_text()).body
-        return {ast.unparse(node) for node in body if isinstance(node, ast.Assign | ast.AugAssign)}
-
-    assert constants("baseline.py") <= constants("distributed.py")
+def statements(script, *kinds):
+    """Return the statements of these kinds outside functions, in their order."""
+    return [ast.unparse(node) for node in ast.parse((ROOT / script).read_text()).body if isinstance(node, kinds)]
 
 
 @pytest.mark.parametrize(
-    ("script", "sections"), [("baseline.py", SECTIONS), ("distributed.py", [*SECTIONS, "scaling"])]
+    "kinds", [(ast.Assign, ast.AugAssign), (ast.Import, ast.ImportFrom)], ids=["values", "imports"]
 )
-def test_sections_are_in_order(script, sections):
+def test_constants_and_imports_are_the_same_and_in_order(kinds):
+    ours, theirs = statements("baseline.py", *kinds), statements("distributed.py", *kinds)
+    assert [statement for statement in theirs if statement in ours] == ours
+
+
+def test_errors_end_both_scripts_alike():
+    """distributed.py only adds that a rank has lost its peers."""
+    (ours,), (theirs,) = statements("baseline.py", ast.If), statements("distributed.py", ast.If)
+    ours, theirs = ours.splitlines(), theirs.splitlines()
+    added = [line for line in theirs if line not in ours]
+    assert [line for line in theirs if line in ours] == ours
+    assert len(added) == 2 and "dist.DistError" in added[0] and "lost the connection" in added[1]
+
+
+@pytest.mark.parametrize(("script", "added"), [("baseline.py", []), ("distributed.py", ["scaling"])])
+def test_sections_are_in_order(script, added):
     lines = (ROOT / script).read_text().splitlines()
-    assert [line.split()[1] for line in lines if line.startswith("# ") and "-----" in line] == sections
+    sections = [line.split()[1] for line in lines if line.startswith("# ") and "-----" in line]
+    assert sections == [*SECTIONS, *added, "main"]
 
 
 def long_options(parser):
