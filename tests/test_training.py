@@ -545,7 +545,7 @@ steps = []
 clip = torch.nn.utils.clip_grad_norm_
 def watched_clip(*given):
     steps.append(1)
-    if len(steps) == 3 and os.environ["RANK"] == "{rank}":
+    if len(steps) == 3 and os.environ.get("RANK", "0") == "{rank}":
         {action}
     return clip(*given)
 torch.nn.utils.clip_grad_norm_ = watched_clip
@@ -564,6 +564,23 @@ def test_a_lost_peer_is_one_line(arguments, tmp_path, rank):
 def test_a_mistake_in_the_code_keeps_its_traceback(arguments, tmp_path):
     run = Run("distributed.py", arguments, tmp_path, 2, before=AT_STEP_3.format(rank=1, action="undefined")).wait()
     assert run.status and "NameError: name 'undefined' is not defined" in run.error and "Traceback" in run.error
+
+
+@pytest.mark.parametrize(("script", "world_size"), WORLDS)
+def test_out_of_memory_is_one_line(arguments, tmp_path, script, world_size):
+    """A step asks for more than any machine has."""
+    before = AT_STEP_3.format(rank=0, action="torch.empty(1 << 55)")
+    run = Run(script, arguments, tmp_path, world_size, before=before).wait()
+    errors = errors_of_ranks(run.error, world_size)
+    assert run.statuses[0] == 2 and errors[0] == "out of memory: set a lower --micro-batch-size"
+    assert set(errors.values()) <= {errors[0], LOST}
+
+
+def test_a_network_device_that_is_not_there_is_one_line(arguments, tmp_path):
+    run = Run("distributed.py", arguments, tmp_path, 2, {"GLOO_SOCKET_IFNAME": "none0"}).wait()
+    assert run.status == 2
+    for error in errors_of_ranks(run.error, 2).values():
+        assert error.startswith("cannot join the other ranks: ") and "GLOO_SOCKET_IFNAME" in error
 
 
 # the disk -------------------------------------------------------------------------------------------------------------
@@ -610,60 +627,51 @@ def test_a_disk_that_is_full_for_tensorboard(train, arguments, tmp_path, script,
 
 # the clock ------------------------------------------------------------------------------------------------------------
 
-# A checkpoint takes 0.4 s more, of which TensorBoard's files take half, and an evaluation 0.5 s.
-SLOW = """
-import os, time
+# A clock that the named operations set ahead by 100 s, as if they took so long: a busy machine does not matter.
+AHEAD = """
+import os, time, torch
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
-from transformers import BertForQuestionAnswering as Model
-replace, flush, switch = os.replace, EventFileWriter.flush, Model.eval
-def slow_replace(source, target):
-    if str(target).endswith("last.pt"):
-        time.sleep(0.2)
-    replace(source, target)
-def slow_flush(writer):
-    time.sleep(0.2)
-    flush(writer)
-def slow_eval(model):
-    time.sleep(0.5)
-    return switch(model)
-os.replace, EventFileWriter.flush, Model.eval = slow_replace, slow_flush, slow_eval
+from transformers import BertForQuestionAnswering
+perf_counter, ahead = time.perf_counter, []
+time.perf_counter = lambda: perf_counter() + 100 * len(ahead)
+def set_ahead(owner, name, condition=lambda *given: True):
+    operation = getattr(owner, name)
+    def slow_operation(*given):
+        if condition(*given):
+            ahead.append(name)
+        return operation(*given)
+    setattr(owner, name, slow_operation)
+"""
+SLOW_WRITING = """
+set_ahead(os, "replace", lambda source, target: str(target).endswith("last.pt"))
+set_ahead(EventFileWriter, "flush")
+set_ahead(BertForQuestionAnswering, "eval")
+"""
+SLOW_DEVICE = """
+set_ahead(torch.Tensor, "tolist")
 """
 
 
 @pytest.mark.parametrize(("script", "world_size"), WORLDS)
-def test_the_clock_stands_still_while_the_run_saves_and_evaluates(train, arguments, tmp_path, script, world_size):
-    """All checkpoints take 2.8 s or more, evaluations 2 s, flushing after each step would 1.6 s; steps may scatter."""
-    often = ["--checkpoint-every", 1, "--evaluate-every", 2]
-    run = Run(script, [*arguments, *often], tmp_path, world_size, before=SLOW).wait()
+@pytest.mark.parametrize("part", ["checkpoint", "evaluate"])
+def test_the_clock_stands_still_while_the_run_saves_or_evaluates(arguments, tmp_path, part, script, world_size):
+    run = Run(script, [*arguments, f"--{part}-every", 1], tmp_path, world_size, before=AHEAD + SLOW_WRITING).wait()
     assert not any(run.statuses), run.error
     seconds = json.loads((tmp_path / "results/r.json").read_text())["seconds"]
-    assert seconds["checkpoint"] > 0.4 * (STEPS - 1) and seconds["evaluate"] > 0.5 * STEPS / 2
-    assert seconds["train"] < train(script, world_size)["record"]["seconds"]["train"] + 1.2
-    parts = [seconds[part] for part in ("train", "evaluate", "checkpoint", "data", "warm_up")]
-    assert sum(parts) < seconds["total"]
+    assert seconds[part] > 100 * (STEPS - 1)
+    assert seconds["train"] < 100
+    assert sum(seconds[part] for part in ("train", "evaluate", "checkpoint", "data", "warm_up")) < seconds["total"]
     if world_size:
-        # The ranks that do not write wait in the meantime, and not on the clock.
         assert seconds["exchange"] + seconds["waiting"] < seconds["train"]
-
-
-# Reading the losses takes 0.2 s more, in which the process does nothing.
-SLOW_DEVICE = """
-import time, torch
-tolist = torch.Tensor.tolist
-def slow_tolist(tensor):
-    time.sleep(0.2)
-    return tolist(tensor)
-torch.Tensor.tolist = slow_tolist
-"""
 
 
 @pytest.mark.parametrize(("script", "world_size"), WORLDS)
 def test_the_wait_for_the_device_is_measured_and_takes_no_cpu_time(arguments, tmp_path, script, world_size):
-    run = Run(script, arguments, tmp_path, world_size, before=SLOW_DEVICE).wait()
+    run = Run(script, arguments, tmp_path, world_size, before=AHEAD + SLOW_DEVICE).wait()
     assert not any(run.statuses), run.error
     seconds = json.loads((tmp_path / "results/r.json").read_text())["seconds"]
-    assert 0.2 * STEPS < seconds["device_wait"] < seconds["train"]
-    assert 0 < seconds["cpu"] < seconds["train"] - seconds["device_wait"] / 2
+    assert 100 * STEPS < seconds["device_wait"] < seconds["train"] < 100 * (STEPS + 1)
+    assert 0 < seconds["cpu"] < 100
 
 
 # Note the collective operations of a rank in their order: those of our own, and the exchange of gradients.
@@ -750,8 +758,8 @@ def test_a_slow_rank_is_waited_for(arguments, unchanged, tmp_path):
     record, losses, hashes = run_changed(arguments, tmp_path, [(BACKWARD, slow)])
     assert losses == unchanged[1] and set(hashes) == set(unchanged[2])
     seconds = record["seconds"]
-    assert 0.08 < seconds["waiting"] / STEPS < 0.5
-    assert seconds["waiting"] > seconds["exchange"] > 0
+    assert 0.08 * STEPS < seconds["waiting"] < seconds["train"] / 2
+    assert 0 < seconds["exchange"] < seconds["train"]
     # Neither the rank that sleeps nor the one that waits takes CPU time.
     assert 0 < seconds["cpu"] < seconds["train"] / 2
 
