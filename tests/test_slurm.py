@@ -195,15 +195,17 @@ def jobs(project, submit, finish):
     work = ["--model", ENCODER, "--train-file", train, "--dev-file", dev, "--device", "cpu", "--threads", "1"]
     work += ["--epochs", "1", "--max-steps", "3", "--batch-size", "12", "--dropout", "0"]
     elsewhere = project.parent / "another directory"
-    submitted = {
-        "baseline": (project, ["run_baseline.sh", *work]),
-        "2x2": (elsewhere, [project / "run_ddp.sh", *work]),
-        "2+1": (elsewhere, ["--gres=none", "--gpus=a100:3", "../the project/run_ddp.sh", *work, "--run-name", "mine"]),
-        "1x2": (project, ["--nodes=1", "run_ddp.sh", *work, "--output-dir=my output", "--run-name=mine"]),
+    elsewhere.mkdir()
+    uneven = ["--gres=none", "--gpus=a100:3", f"--chdir={project}", "../the project/run_ddp.sh", *work]
+    submitted = {  # from where, where the output goes, and how
+        "baseline": (project, project, ["run_baseline.sh", *work]),
+        "2x2": (project, elsewhere, [f"--chdir={elsewhere}", "run_ddp.sh", *work]),
+        "2+1": (elsewhere, project, [*uneven, "--run-name", "mine"]),
+        "1x2": (project, project, ["--nodes=1", "run_ddp.sh", *work, "--output-dir=my output", "--run-name=mine"]),
     }
     records = {"2+1": "results/mine.json", "1x2": "my output/results/mine.json"}
-    numbers = {name: submit(directory, *arguments) for name, (directory, arguments) in submitted.items()}
-    return {name: finish(submitted[name][0], number, records.get(name)) for name, number in numbers.items()}
+    numbers = {name: submit(directory, *arguments) for name, (directory, _, arguments) in submitted.items()}
+    return {name: finish(submitted[name][1], number, records.get(name)) for name, number in numbers.items()}
 
 
 @pytest.mark.parametrize(
@@ -443,12 +445,12 @@ def test_stopped_for_good(project, tmp_path, train_some_steps, submit, finish, c
     signal_all(jobs["killed"].processes, signal.SIGTERM)
     for job in jobs.values():
         signal_all(job.processes, signal.SIGCONT)
-    states = dict.fromkeys(jobs, ("FAILED", "143:0"))
-    states["cancelled"] = ("CANCELLED", "143:0")
-    states["terminated"] = ("FAILED", "1:0")  # torchrun's own
     for name, job in jobs.items():
         ended = finish(project, job.number)
-        assert (ended.state, ended.exit_code) == states[name] and ended.fields["Restarts"] == "0", ended.output
+        assert ended.state == ("CANCELLED" if name == "cancelled" else "FAILED"), ended.output
+        # Of two nodes, the status may be torchrun's.
+        assert ended.exit_code in ("143:0", "1:0" if name == "terminated" else "143:0")
+        assert ended.fields["Restarts"] == "0"
         assert f"; go on with the same command and --run-name {ended.run}\n" in ended.output
         assert ("cannot be queued again" in ended.output) == (name == "container") and ended.record is None
         assert "Traceback" not in ended.output
