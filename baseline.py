@@ -1053,13 +1053,11 @@ def main():
     indices = torch.from_numpy(order).to(args.device).split(sizes)
     optimizer = make_optimizer(model, args)
 
-    # What is trained, and on what: only runs that agree in it can be resumed, or compared. The options come first: if
-    # several settings differ, the first is named.
-    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
+    # What is trained, and on what: only runs that agree in it can be resumed, or compared. Where several settings differ,
+    # the first is named, so the options come before what follows from them.
+    settings = {"script": SCRIPT, "world_size": 1, "gradients": None}
+    settings.update({name: value for name, value in vars(args).items() if name not in NOT_SETTINGS})
     settings.update(
-        script=SCRIPT,
-        world_size=1,
-        gradients=None,
         model_sha256=model_sha256,
         parameters=sum(weight.numel() for weight in model.parameters()),
         steps=steps,
@@ -1173,7 +1171,7 @@ def main():
             clocks = read_clocks()
         if must_stop:
             outcome = f"go on with the same command and --run-name {args.run_name}"
-            if stop_requests[:1] == [signal.SIGUSR1]:
+            if stop_requests[0] == signal.SIGUSR1:
                 outcome = queue_again(outcome)
             raise ScriptError(f"stopped as asked after step {step}; {outcome}", 143)
 

@@ -1293,17 +1293,19 @@ def explain(row, base, mode):
 
 
 def list_differences(run, base):
-    """Return the settings in which the work of a run differs from that of a baseline."""
+    """Return in what the work of a run differs from that of a baseline."""
     names = [name for name in SAME_WORK if run[name] != base[name] and not name.startswith("trained_")]
     if run["trained_tokens"] != base["trained_tokens"]:
         # This follows from other settings. Under --max-steps, other batches are other work.
-        reasons = ["epochs"]
-        if run["max_steps"] or base["max_steps"]:
-            names.append("max_steps")
+        reasons = ["epochs", "max_steps"]
+        if run["max_steps"] and base["max_steps"]:
             reasons += ["batch_size", "seed"]
         names += [name for name in reasons if run[name] != base[name]]
     names = [READ_FROM.get(name, name) for name in names]
-    return [f"{name} {base[name]} (here: {run[name]})" for name in names]
+    differences = [f"{name} {base[name]} (here: {run[name]})" for name in names]
+    if "batch_size" in names:
+        differences.append("and under --max-steps, other batches are other work")
+    return differences
 
 
 def say(text):
@@ -1502,12 +1504,11 @@ def main():
     indices = torch.from_numpy(order).to(args.device).split(sizes)
     optimizer = make_optimizer(model, args)
 
-    # What is trained, and on what: only runs that agree in it can be resumed, or compared. The options come first: if
-    # several settings differ, the first is named.
-    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
+    # What is trained, and on what: only runs that agree in it can be resumed, or compared. Where several settings differ,
+    # the first is named, so the options come before what follows from them.
+    settings = {"script": SCRIPT, "world_size": WORLD_SIZE}
+    settings.update({name: value for name, value in vars(args).items() if name not in NOT_SETTINGS})
     settings.update(
-        script=SCRIPT,
-        world_size=WORLD_SIZE,
         model_sha256=model_sha256,
         parameters=sum(weight.numel() for weight in model.parameters()),
         steps=steps,
@@ -1660,7 +1661,9 @@ def main():
             clocks = read_clocks()
         if must_stop:
             outcome = f"go on with the same command and --run-name {args.run_name}"
-            if stop_requests[:1] == [signal.SIGUSR1]:
+            # torchrun turns a second USR1 into a TERM: what came first to a rank counts.
+            first_requests = gather(stop_requests[:1])
+            if RANK == 0 and [signal.SIGTERM] not in first_requests:
                 outcome = queue_again(outcome)
             # Slurm ends the whole step as soon as one node's part of it has ended.
             dist.barrier()

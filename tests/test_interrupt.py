@@ -278,6 +278,9 @@ def slurm(tmp_path):
     script = '#!/bin/sh\necho "$@:" $(ls -A checkpoints/r) >> calls\ntest ! -e refuse\n'
     (tools / "scontrol").write_text(script)
     (tools / "scontrol").chmod(0o755)
+    (tools / "squeue").write_text("#!/bin/sh\ncat state\n")
+    (tools / "squeue").chmod(0o755)
+    (tmp_path / "state").write_text("RUNNING\n")
     return {"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
 
 
@@ -328,9 +331,13 @@ def test_usr1_says_how_to_go_on_where_the_job_cannot_be_queued(arguments, slurm,
 
 @pytest.mark.parametrize(("script", "world_size"), WORLDS)
 def test_nothing_is_queued_where_the_job_is_to_end(arguments, slurm, tmp_path, script, world_size):
-    """SIGUSR1 to the first rank and SIGTERM to the last, in the same step."""
-    signals = {0: [USR1], 1: [TERM]} if world_size else {0: [USR1, TERM]}
+    """SIGUSR1 to the first rank and SIGTERM to the last, in the same step; or the job was cancelled meanwhile."""
+    signals = {0: [USR1], 1: [TERM]} if world_size else {0: [TERM, USR1]}
     assert ask_to_stop(script, world_size, arguments, tmp_path, slurm, signals) == BY_HAND
+    assert calls(tmp_path) == []
+    (tmp_path / "state").write_text("COMPLETING\n")
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert ask_to_stop(script, world_size, arguments, tmp_path, slurm, {0: [USR1]}) == BY_HAND
     assert calls(tmp_path) == []
 
 

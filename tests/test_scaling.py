@@ -306,12 +306,12 @@ def test_other_work_is_another_table_without_ratios(report, name):
         (
             {"max_steps": 40},
             {"max_steps": 40, "batch_size": 96, "trained_features": 3840, "trained_tokens": 500_000},
-            "max_steps 40 (here: 40), batch_size 48 (here: 96)",
+            "batch_size 48 (here: 96), and under --max-steps, other batches are other work",
         ),
         (
             {"max_steps": 40},
             {"max_steps": 40, "seed": 1, "trained_tokens": 310_000},
-            "max_steps 40 (here: 40), seed 42 (here: 1)",
+            "seed 42 (here: 1)",
         ),
         ({}, {"max_steps": 2, "trained_features": 96, "trained_tokens": 9_000}, "max_steps None (here: 2)"),
         ({}, {"epochs": 1, "trained_features": 1000, "trained_tokens": 150_000}, "epochs 2 (here: 1)"),

@@ -550,7 +550,7 @@ def watched_clip(*given):
     return clip(*given)
 torch.nn.utils.clip_grad_norm_ = watched_clip
 """
-LOST = "lost the connection to another rank, which probably failed first and says why"
+LOST = "lost the connection to another rank, which probably failed first"
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -558,7 +558,8 @@ def test_a_lost_peer_is_one_line(arguments, tmp_path, rank):
     before = AT_STEP_3.format(rank=rank, action="os.kill(os.getpid(), signal.SIGKILL)")
     run = Run("distributed.py", arguments, tmp_path, 2, before=before).wait()
     assert run.statuses[rank] == -9 and run.statuses[1 - rank] == 2
-    assert errors_of_ranks(run.error, 2) == {1 - rank: LOST}
+    ((survivor, error),) = errors_of_ranks(run.error, 2).items()
+    assert survivor == 1 - rank and error.startswith(LOST)
 
 
 def test_a_mistake_in_the_code_keeps_its_traceback(arguments, tmp_path):
@@ -573,7 +574,7 @@ def test_out_of_memory_is_one_line(arguments, tmp_path, script, world_size):
     run = Run(script, arguments, tmp_path, world_size, before=before).wait()
     errors = errors_of_ranks(run.error, world_size)
     assert run.statuses[0] == 2 and errors[0] == "out of memory: set a lower --micro-batch-size"
-    assert set(errors.values()) <= {errors[0], LOST}
+    assert all(error == errors[0] or error.startswith(LOST) for error in errors.values())
 
 
 def test_a_network_device_that_is_not_there_is_one_line(arguments, tmp_path):
@@ -714,7 +715,8 @@ def test_one_small_exchange_a_reading(train, arguments, tmp_path, read_every):
         assert before == [] and len(after) == len(readings)
         gathered = {step: calls for step, calls in zip(readings, after, strict=True) if calls}
         assert list(gathered) == [4, 5, 8]
-        assert gathered[4] == ["all_gather_object"] * 2  # the waits, then the spans
+        # The waits, then the spans; then all ranks start their clocks together.
+        assert gathered[4] == ["all_gather_object", "all_gather_object", "barrier"]
         assert gathered[5] == ["all_gather_object", "barrier"]
 
 
