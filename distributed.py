@@ -1504,7 +1504,7 @@ def main():
     indices = torch.from_numpy(order).to(args.device).split(sizes)
     optimizer = make_optimizer(model, args)
 
-    # What is trained, and on what: only runs that agree in it can be resumed, or compared. Where several settings differ,
+    # What is trained, and on what: only runs that agree in it can be resumed, or compared. If several settings differ,
     # the first is named, so the options come before what follows from them.
     settings = {"script": SCRIPT, "world_size": WORLD_SIZE}
     settings.update({name: value for name, value in vars(args).items() if name not in NOT_SETTINGS})
