@@ -53,7 +53,7 @@ case " $* " in *" --prepare "* | *" --report "* | *" --help "* | *" -h "*)
 esac
 "$python" "$project/distributed.py" --prepare "$@"
 
-# Workers have 110 s to save before torchrun kills them; of its own messages, only errors are shown.
+# torchrun gives its workers 110 s to save (torch before 2.13: 30 s), and says less about it.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110 LOGLEVEL=CRITICAL TORCH_CPP_LOG_LEVEL=ERROR
 unset OMP_NUM_THREADS OMP_PROC_BIND OMP_PLACES GOMP_CPU_AFFINITY KMP_AFFINITY
 # shellcheck disable=SC2016 # On each node, start a worker for each of its GPUs, or two on its CPUs:
