@@ -78,7 +78,7 @@ class ScriptError(Exception):
 
 def fail(message, status=2):
     """Print an error as one line on stderr, and exit."""
-    print(f"{SCRIPT}.py: error: {message}", file=sys.stderr)
+    sys.stderr.write(f"{SCRIPT}.py: error: {message}\n")
     sys.exit(status)
 
 

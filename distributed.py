@@ -92,7 +92,8 @@ def fail(message, status=2):
     who = f"rank {RANK} on {HOST}: " if RANK > 0 else ""
     # Status 2: perhaps only this rank has failed, so it speaks for itself. Otherwise rank 0 speaks for all.
     if RANK == 0 or status == 2:
-        print(f"{SCRIPT}.py: {who}error: {message}", file=sys.stderr)
+        # In one piece: print() may write the end of the line apart, after another rank's line.
+        sys.stderr.write(f"{SCRIPT}.py: {who}error: {message}\n")
     sys.exit(status)
 
 
@@ -1713,9 +1714,12 @@ if __name__ == "__main__":
     except OSError as error:
         fail(error)
     except (RuntimeError, MemoryError) as error:
+        lost = "lost the connection to another rank, which probably failed first and says why"
         # NCCL raises errors of its own when a connection breaks; gloo names itself, or the peer.
-        if isinstance(error, dist.DistError) or re.search("gloo|peer", str(error)):
-            fail(f"lost the connection to another rank, which probably failed first and says why ({last_line(error)})")
+        if isinstance(error, dist.DistError):
+            fail(f"{lost} ({last_line(error)})")
+        if re.search("gloo|peer", str(error)):
+            fail(lost)
         if is_out_of_memory(error):
             fail("out of memory: set a lower --micro-batch-size")
         raise

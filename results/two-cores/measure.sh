@@ -17,6 +17,6 @@ for ((round = 1; round <= ${1:-3}; round++)); do
     done
 done
 .venv/bin/python distributed.py --report --output-dir "$new" | grep --invert-match "$new" > "$new/results/report.txt"
-rm --force "$here"/*.json
+rm --force "$here"/*.json "$here"/speedup*
 mv "$new"/results/* "$here"
 rm -r "$new"
