@@ -1125,8 +1125,8 @@ CAUSES = {
     "weak exchange": "spent exchanging {megabytes:.0f} MB of gradients; try --gradients bf16, a faster network "
     "(NCCL_DEBUG=INFO shows which one NCCL uses)",
     "waiting": "spent waiting for slower ranks; look for a slow or busy device or node",
-    "preempted": "lost to other programs, or other workers, on the same cores; see what else runs (top), and that no "
-    "two workers are bound to one core (taskset, OMP_PROC_BIND)",
+    "preempted": "lost to other programs, or other workers, on the same cores, beyond what they took from the "
+    "baseline; see what else runs (top), and that no two workers are bound to one core (taskset, OMP_PROC_BIND)",
     "host": "lost while the GPU waits for its host; give it more to do at once: a larger --batch-size (--compile would "
     "make the host slower)",
     "weak host": "lost while the GPU waits for its host; give it more to do at once: a larger batch per worker, for "
@@ -1318,7 +1318,7 @@ def print_table(table):
     """Print the columns that say something; those for which 100 characters are not enough come below the others."""
     shown = pd.DataFrame()
     for name, (heading, form) in COLUMNS.items():
-        cells = table[name].map(form.format, na_action="ignore").fillna("-")
+        cells = table[name].map(form.format, na_action="ignore").fillna("-").replace("-0%", "0%")
         is_same = cells.nunique() == 1 and name in MAY_VARY
         is_nothing = set(cells) in ({"1"}, {"-"}, {"0%"}) and name in ("nodes", "train_range", "preempted")
         if not is_same and not is_nothing and name != ("f1" if table["sample"].any() else "best_span_f1"):
@@ -1326,12 +1326,12 @@ def print_table(table):
     # A tenth of a percent is more than a single run can tell.
     repeated = table["speedup_range"].notna()
     shown.loc[repeated, "eff."] = table.loc[repeated, "useful"].map("{:.1%}".format)
-    blocks = [["mode"]]
-    for heading in shown.columns[1:]:
+    blocks = [["mode", "workers"]]
+    for heading in shown.columns[2:]:
         block = [*blocks[-1], heading]
         width = sum(1 + max(map(len, [name, *shown[name]])) for name in block) - 1
         if width > 100:
-            blocks.append(["mode"])
+            blocks.append(["mode", "workers"])
         blocks[-1].append(heading)
     for block in blocks:
         print(shown[block].to_string(index=False))
@@ -1377,7 +1377,10 @@ def draw(table):
         bottom.barh(table.index, share, left=start, color=color, hatch=hatch, ec="k", linewidth=0.5, label=part)
         left += share.clip(0)
     bottom.axvline(1, color="k", linewidth=0.8)
-    bottom.set_yticks(table.index, table["mode"] + ", " + table["world_size"].map(str))
+    names = table["mode"] + ", " + table["world_size"].map(str)
+    if table["nodes"].nunique() > 1:
+        names += " on " + table["nodes"].map(str)
+    bottom.set_yticks(table.index, names)
     bottom.invert_yaxis()
     bottom.set_xlabel("share of the workers' time")
     bottom.xaxis.set_major_formatter("{x:.0%}")
