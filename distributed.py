@@ -1352,8 +1352,7 @@ def draw(table):
     top.plot([1, most], [1, most], "k--", linewidth=0.8, label="ideal")
     top.axhline(1, color="k", linestyle=":", linewidth=0.8, label="the baseline's speed")
     for number, (mode, points) in enumerate(table[table["script"] != "baseline"].groupby("mode")):
-        # A little apart, so that no marker covers another.
-        workers = points["world_size"].to_numpy(float) * 1.06 ** [0, 1, -1][number % 3]
+        workers = points["world_size"].to_numpy(float)
         speedup = points["speedup"].to_numpy(float)
         low, high = np.array([ends or [math.nan, math.nan] for ends in points["speedup_range"]]).T
         marker = "k" + "os^vDPX*d"[number]
