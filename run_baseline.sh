@@ -3,8 +3,8 @@
 #   bash run_baseline.sh --prepare       on a login node: make .venv, fetch model and data, tokenize
 #   sbatch run_baseline.sh --epochs 1    as a job; sbatch's own options come before the file's name
 #   bash run_baseline.sh --sample        on this machine, or on a node of salloc
-# PYTHON=python3.12 is what .venv is made with; TRAIN_PYTHON=/path/to/python is used without .venv.
-# Two minutes before the time limit (USR1@120), the training saves, and queues the job again.
+# Set PYTHON=python3.12 to make .venv with it, or TRAIN_PYTHON=/path/to/python to use no .venv.
+# Two minutes before the time limit (USR1@120), training saves a checkpoint and requeues the job.
 #SBATCH --job-name=baseline --output=%x-%j.out --open-mode=append --signal=USR1@120 --requeue
 #SBATCH --nodes=1 --ntasks-per-node=1 --gres=gpu:1 --cpus-per-task=8 --time=02:00:00
 # Your site may need these (remove one # to enable the line):
@@ -15,7 +15,7 @@ fail() {
     exit 2
 }
 
-# A job runs a copy of this file: there, the project is where sbatch was called, or --chdir.
+# Slurm runs a copy of this file: the project is where sbatch was called, or where --chdir points.
 for project in "$(dirname "$(readlink -f "$0")")" "${SLURM_SUBMIT_DIR:-}" "$PWD"; do
     [[ ! -e $project/baseline.py ]] || break
 done
@@ -30,13 +30,13 @@ if [[ -z ${TRAIN_PYTHON:-} && ! -e $installed ]]; then
         flock 9
         [[ ! -e $installed ]] || exit 0
         "${PYTHON:-python3}" -m venv --clear "$project/.venv"
-        "$python" -m pip install -r "$wanted" || fail ".venv needs Python 3.10 and a package index"
+        "$python" -m pip install -r "$wanted" || fail ".venv needs Python 3.10-3.13 and an index"
         "$python" -m pip install --no-deps --require-hashes -r "$project/sample/requirements.txt"
         cp "$wanted" "$installed"
     ) 9>> "$project/.venv.lock"
 fi
 [[ -n ${TRAIN_PYTHON:-} ]] || cmp --silent "$wanted" "$installed" ||
-    fail ".venv does not fit $wanted: remove it when no job uses it, and run this again"
+    fail ".venv does not match $wanted: remove it when no job uses it, then try again"
 problem=$("$python" -c 'import re, sys, importlib.metadata as packages
 for name, least in re.findall(r"(\w+)>=([\d.]+)", open(sys.argv[1]).read()):
     version = packages.version(name)

@@ -5,7 +5,7 @@
 #   bash run_ddp.sh --sample                             on this machine, or on the nodes of salloc
 # PYTHON and TRAIN_PYTHON: see run_baseline.sh. MASTER_ADDR and MASTER_PORT say where workers meet,
 # if not on the first node; NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME choose the network.
-# Two minutes before the time limit (USR1@120), the training saves, and queues the job again.
+# Two minutes before the time limit (USR1@120), training saves a checkpoint and requeues the job.
 #SBATCH --job-name=distributed --output=%x-%j.out --open-mode=append --signal=USR1@120 --requeue
 #SBATCH --nodes=2 --ntasks-per-node=1 --gres=gpu:2 --cpus-per-task=16 --time=02:00:00
 # Your site may need these (remove one # to enable the line):
@@ -16,7 +16,7 @@ fail() {
     exit 2
 }
 
-# A job runs a copy of this file: there, the project is where sbatch was called, or --chdir.
+# Slurm runs a copy of this file: the project is where sbatch was called, or where --chdir points.
 for project in "$(dirname "$(readlink -f "$0")")" "${SLURM_SUBMIT_DIR:-}" "$PWD"; do
     [[ ! -e $project/distributed.py ]] || break
 done
@@ -31,13 +31,13 @@ if [[ -z ${TRAIN_PYTHON:-} && ! -e $installed ]]; then
         flock 9
         [[ ! -e $installed ]] || exit 0
         "${PYTHON:-python3}" -m venv --clear "$project/.venv"
-        "$python" -m pip install -r "$wanted" || fail ".venv needs Python 3.10 and a package index"
+        "$python" -m pip install -r "$wanted" || fail ".venv needs Python 3.10-3.13 and an index"
         "$python" -m pip install --no-deps --require-hashes -r "$project/sample/requirements.txt"
         cp "$wanted" "$installed"
     ) 9>> "$project/.venv.lock"
 fi
 [[ -n ${TRAIN_PYTHON:-} ]] || cmp --silent "$wanted" "$installed" ||
-    fail ".venv does not fit $wanted: remove it when no job uses it, and run this again"
+    fail ".venv does not match $wanted: remove it when no job uses it, then try again"
 problem=$("$python" -c 'import re, sys, importlib.metadata as packages
 for name, least in re.findall(r"(\w+)>=([\d.]+)", open(sys.argv[1]).read()):
     version = packages.version(name)
@@ -47,13 +47,13 @@ for name, least in re.findall(r"(\w+)>=([\d.]+)", open(sys.argv[1]).read()):
 
 # Compute nodes seldom reach the internet, and sbatch --export=NONE leaves PATH unexported.
 [[ -z ${SLURM_JOB_NODELIST:-} ]] || export PATH HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
-# One process checks the input and tokenizes before any worker starts, or does all there is to do.
+# One process checks the input and tokenizes before any worker starts. These options need no worker.
 case " $* " in *" --prepare "* | *" --report "* | *" --help "* | *" -h "*)
     exec "$python" "$project/distributed.py" "$@" ;;
 esac
-"$python" "$project/distributed.py" --prepare "$@"
+"$python" "$project/distributed.py" --prepare "$@" > /dev/null # the training says it again
 
-# torchrun gives its workers 110 s to save (torch before 2.13: 30 s), and says less about it.
+# Make torchrun give its workers 110 s to save (30 s before torch 2.13), and log less.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110 LOGLEVEL=CRITICAL TORCH_CPP_LOG_LEVEL=ERROR
 unset OMP_NUM_THREADS OMP_PROC_BIND OMP_PLACES GOMP_CPU_AFFINITY KMP_AFFINITY
 # shellcheck disable=SC2016 # On each node, start a worker for each of its GPUs, or two on its CPUs:

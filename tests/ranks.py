@@ -116,7 +116,7 @@ def errors_of_ranks(text, world_size):
     """
     errors = {}
     for line in text.splitlines():
-        found = re.fullmatch(r"(?:baseline|distributed)\.py: (?:rank (\d) on \S+: )?error: (.*)", line)
+        found = re.fullmatch(r"(?:baseline|distributed)\.py: (?:rank (\d) on \S+: )?(?:error: )?(.*)", line)
         assert found, text
         rank = int(found[1] or 0)
         assert rank not in errors and rank < (world_size or 1), text

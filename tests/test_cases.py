@@ -137,7 +137,7 @@ def test_answers_that_can_never_be_given_are_counted(tmp_path, run, capsys, case
     facts = [record["settings"][f"{split}_out_of_reach"] for split in ("train", "dev")]
     assert facts == [count, count]
     # Once for each split.
-    assert capsys.readouterr().out.count("1 answers are out of reach") == 2 * count
+    assert capsys.readouterr().out.count("1 answers cannot be predicted") == 2 * count
 
 
 def test_an_answer_that_is_too_long_for_one_window_may_be_in_reach_of_the_next(tmp_path, tokenizer):

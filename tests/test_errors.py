@@ -15,7 +15,7 @@ import torch
 import baseline
 import distributed
 from conftest import ENCODER, ROOT, SMALL, read_scalars, run_script, write_squad
-from ranks import Run
+from ranks import Run, errors_of_ranks
 
 CONTEXT = "The tower stands in Paris."
 GOOD = [(CONTEXT, [("q1", "Where?", [("Paris", 20)]), ("q2", "Why?", [])])]
@@ -479,6 +479,32 @@ def test_two_runs_of_one_name_at_once(tmp_path, squad, script, world_size):
     assert first.wait().statuses == [0] * (world_size or 1), first.error
     assert json.loads((tmp_path / "results/run.json").read_text())["settings"]["steps"] == 2
     assert not (tmp_path / "checkpoints/run/lock").exists()
+
+
+UNLIKE = {
+    # Only the first rank sees a checkpoint.
+    "directories": (
+        "import os; os.chdir(os.environ['RANK'])",
+        "checkpoints/run: not the same on all nodes; give an --output-dir that they share",
+    ),
+    # A GPU that supports bf16 beside one that does not.
+    "precisions": (
+        "import os, sys; sys.argv += ['--precision', ['fp32', 'bf16'][int(os.environ['RANK'])]]",
+        "the GPUs differ in what they support; give --precision fp32",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_nodes_that_are_not_alike(tmp_path, squad, tiny, name):
+    before, said = UNLIKE[name]
+    (tmp_path / "0/checkpoints/run").mkdir(parents=True)
+    (tmp_path / "0/checkpoints/run/last.pt").touch()
+    (tmp_path / "1").mkdir()
+    arguments = ["--random-init", "--model", tiny, "--train-file", squad, "--dev-file", squad, *SMALL]
+    run = Run("distributed.py", [*arguments, "--run-name", "run"], tmp_path, 2, before=before).wait()
+    errors = errors_of_ranks(run.error, 2)
+    assert set(errors.values()) == {said} and 2 in run.statuses
 
 
 def test_the_lock_of_a_killed_run_does_not_matter(tmp_path, squad, run):

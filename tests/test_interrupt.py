@@ -154,7 +154,7 @@ def test_asked_to_stop_it_writes_a_checkpoint_and_goes_on(arguments, undisturbed
     run.processes[-1].terminate()
     run.wait(PATIENCE)
     assert run.status == 143 and run.error.count("\n") == 1
-    assert run.error.startswith(f"{script}: error: stopped as asked after step ") and "--run-name r" in run.error
+    assert run.error.startswith(f"{script}: stopped as asked after step ") and "--run-name r" in run.error
     stopped = int(run.error.partition("after step ")[2].split(";")[0])
     assert (tmp_path / "checkpoints/r/last.pt").exists() and not list((tmp_path / "results").iterdir())
     run = run_ranks(script, arguments, tmp_path, world_size)
@@ -206,7 +206,7 @@ def under_torchrun(arguments, tmp_path):
 
 def test_torchrun_passes_sigterm_on(under_torchrun, arguments, undisturbed, tmp_path):
     (line,), status = under_torchrun(lambda process: process.terminate())
-    assert status != 0 and line.startswith("distributed.py: error: stopped as asked after step ")
+    assert status != 0 and line.startswith("distributed.py: stopped as asked after step ")
     run_ranks("distributed.py", arguments, tmp_path, 2)
     stopped = int(line.partition("after step ")[2].split(";")[0])
     assert check_same(tmp_path, undisturbed("distributed.py", 2), stopped)["resumed"] == 1
@@ -267,7 +267,7 @@ JOBS = {
     "a job": ({"SLURM_JOB_ID": "7"}, "7"),
     "a task of an array": ({"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}, "7_3"),
 }
-BY_HAND = "go on with the same command and --run-name r"
+BY_HAND = "resume with the same command and --run-name r"
 
 
 @pytest.fixture
@@ -296,7 +296,7 @@ def ask_to_stop(script, world_size, arguments, directory, environment, signals):
     run = Run(script, arguments[:-2], directory, world_size, environment, before).wait(PATIENCE)
     assert set(run.statuses) == {143} and run.error.count("\n") == 1, run.error
     said, outcome = run.error.rstrip("\n").split("; ", 1)
-    assert said == f"{script}: error: stopped as asked after step 3"
+    assert said == f"{script}: stopped as asked after step 3"
     assert (directory / "checkpoints/r/last.pt").exists()
     return outcome
 
@@ -309,7 +309,7 @@ def test_usr1_queues_the_job_again(arguments, slurm, tmp_path, script, world_siz
     ranks = range(world_size or 1) if case == "a job" else [(world_size or 1) - 1]
     signals = {rank: [USR1] for rank in ranks}
     outcome = ask_to_stop(script, world_size, arguments, tmp_path, {**slurm, **variables}, signals)
-    assert outcome == f"job {job} is queued again"
+    assert outcome == f"job {job} has been requeued"
     assert calls(tmp_path) == [f"requeue {job}: last.pt lock"]
 
 
@@ -325,7 +325,7 @@ def test_usr1_says_how_to_go_on_where_the_job_cannot_be_queued(arguments, slurm,
     outcome = ask_to_stop(script, world_size, arguments, tmp_path, slurm, {0: [USR1]})
     assert outcome.endswith(BY_HAND)
     assert (outcome == BY_HAND) == (case == "no job")
-    assert outcome.startswith("job 7 cannot be queued again (") or case == "no job"
+    assert outcome.startswith("job 7 cannot be requeued (") or case == "no job"
     assert len(calls(tmp_path)) == (case == "scontrol refuses")
 
 
@@ -364,7 +364,7 @@ def test_a_signal_while_it_saves(arguments, undisturbed, slurm, tmp_path, script
     run = Run(script, arguments[:-2], tmp_path, world_size, slurm, before).wait(PATIENCE)
     assert set(run.statuses) == {143} and run.error.count("\n") == 1, run.error
     assert calls(tmp_path) == ["requeue 7: last.pt lock"]
-    assert run.error.endswith("; job 7 is queued again\n")
+    assert run.error.endswith("; job 7 has been requeued\n")
     run_ranks(script, arguments[:-2], tmp_path, world_size)
     assert check_same(tmp_path, undisturbed(script, world_size), 3)["resumed"] == 1
 
@@ -390,14 +390,14 @@ def test_usr1_before_the_first_step_queues_nothing(arguments, slurm, tmp_path, s
     run = Run(script, arguments, tmp_path, world_size, slurm, SIGNAL_WHILE_LOADING).wait(PATIENCE)
     assert set(run.statuses) == {143}
     (error,) = errors_of_ranks(run.error, 1).values()
-    assert error.startswith("asked to stop before ") and "not queued again" in error and "--time" in error
+    assert error.startswith("told to stop before ") and "not requeued" in error and "--time" in error
     assert calls(tmp_path) == [] and not (tmp_path / "checkpoints/r/last.pt").exists()
 
 
 def test_torchrun_passes_usr1_on(under_torchrun, arguments, undisturbed, slurm, tmp_path):
     (line,), status = under_torchrun(lambda process: process.send_signal(signal.SIGUSR1), slurm)
-    assert status != 0 and line.startswith("distributed.py: error: stopped as asked after step ")
-    assert line.endswith("; job 7 is queued again") and calls(tmp_path) == ["requeue 7: last.pt lock"]
+    assert status != 0 and line.startswith("distributed.py: stopped as asked after step ")
+    assert line.endswith("; job 7 has been requeued") and calls(tmp_path) == ["requeue 7: last.pt lock"]
     run_ranks("distributed.py", arguments, tmp_path, 2)
     stopped = int(line.partition("after step ")[2].split(";")[0])
     assert check_same(tmp_path, undisturbed("distributed.py", 2), stopped)["resumed"] == 1

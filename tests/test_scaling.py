@@ -53,7 +53,7 @@ RECORD = {
 SECTIONS = ["workers", "settings", "environment", "seconds", "quality"]
 GPU = {"device": "NVIDIA H200", "nccl": "2.28.9", "cpu": 0.0}
 PARTS = ["useful", "exchange", "waiting", "preempted", "other"]
-ONCE = "one run each: repeat both, on an idle machine, before you look for a cause"
+ONCE = "one run is not enough: repeat it and its baseline on an idle machine before you look for a cause"
 
 
 def change(made, **values):
@@ -114,15 +114,15 @@ class Report:
     def table(self, number=1):
         """Return the headings, and {heading: cell} of each row, of a printed table."""
         count = len([row for row in self.rows if row["table"] == number])
-        starts = [place for place, line in enumerate(self.lines) if line.split()[:2] == ["mode", "workers"]]
+        starts = [place for place, line in enumerate(self.lines) if line.startswith("mode, workers")]
         header, *lines = self.lines[starts[number - 1] :][: count + 1]
-        headings = [(match.group(), match.end()) for match in re.finditer(r"(train|range) s|span F1|\S+", header)]
-        # The columns are right-justified.
-        begins = [0, *(end for _, end in headings)]
-        columns = [(name, begin, end) for (name, end), begin in zip(headings, begins, strict=False)]
-        return [name for name, _ in headings], [
-            {name: line[begin:end].strip() for name, begin, end in columns} for line in lines
-        ]
+        headings = re.findall(r"(?:train|range) s|span F1|[^\s\\]+", header.removeprefix("mode, workers"))
+        rows = []
+        for line in lines:
+            label, *cells = line.strip(" \\").rsplit(maxsplit=len(headings))
+            mode, workers = label.split(", ")
+            rows.append({"mode": mode, "workers": workers, **dict(zip(headings, cells, strict=True))})
+        return headings, rows
 
 
 @pytest.fixture
@@ -212,22 +212,20 @@ def test_repetitions_are_one_row_and_a_rate_is_work_over_the_median(report):
     assert row["speedup_range"] == pytest.approx([790 / 600, 840 / 200])
 
 
-def test_one_run_has_no_range_and_no_tenth_of_a_percent(report):
+def test_one_run_has_no_range(report):
     made = report(record("base"), record("p", 4, 250))
     assert made.of["p"]["train_range"] is None and made.of["p"]["speedup_range"] is None
     headings, (_, row) = made.table()
-    assert "range s" not in headings and (row["n"], row["eff."]) == ("1", "80%")
+    assert "range s" not in headings and row["n"] == "1"
     made = report(*repeat("more"), *repeat("q", 2, 410), record("once", 4, 260))
     headings, rows = made.table()
-    shown = {(row["workers"], row["n"]): (row["range s"], row["eff."]) for row in rows}
-    assert shown["2", "3"] == ("409.6-410.4", "97.6%")
-    assert shown["4", "2"] == ("250.0-260.0", "78.4%")
+    shown = {(row["workers"], row["n"]): row["range s"] for row in rows}
+    assert shown["2", "3"] == "409.6-410.4" and shown["4", "2"] == "250.0-260.0"
 
 
-def test_with_a_single_baseline_the_efficiency_is_not_exact_either(report):
+def test_a_single_baseline_is_not_enough(report):
     made = report(record("base"), *repeat("p", 4, 250))
-    assert made.table()[1][1]["eff."] == "80%" and made.of["p-0"]["speedup_range"] is None
-    assert "one run of the row, or of its baseline: repeat both" in made.of["p-0"]["remark"]
+    assert made.of["p-0"]["speedup_range"] is None and ONCE in made.of["p-0"]["remark"]
 
 
 @pytest.mark.parametrize("seconds", [800, 1000, 90])
@@ -306,7 +304,7 @@ def test_other_work_is_another_table_without_ratios(report, name):
         (
             {"max_steps": 40},
             {"max_steps": 40, "batch_size": 96, "trained_features": 3840, "trained_tokens": 500_000},
-            "batch_size 48 (here: 96), and under --max-steps, other batches are other work",
+            "batch_size 48 (here: 96)",
         ),
         (
             {"max_steps": 40},
@@ -325,7 +323,7 @@ def test_other_work_is_another_table_without_ratios(report, name):
 def test_what_makes_the_trained_tokens_differ_is_named(report, of_baseline, of_run, named):
     text = report(record("base", **of_baseline), record("p", 4, 250, **of_run)).text
     assert f"the nearest baseline differs in {named} " in f"{text} "
-    assert "trained_tokens" not in text[text.index("no ratios") :]
+    assert "trained_tokens" not in text[text.index("no speedup") :]
 
 
 def test_the_nearest_baseline_is_that_with_the_fewest_differences(report):
@@ -350,7 +348,7 @@ def test_each_table_has_a_heading_and_its_own_ratios(report):
             f"Table {number}: model google-bert/bert-base, precision fp32, device EPYC, train_file {file}, "
             f"trained_features {features}"
         ) in made.text
-    assert made.text.count("no ratios") == 1 and "max_steps None (here: 2)" in made.text
+    assert made.text.count("no speedup without") == 1 and "max_steps None (here: 2)" in made.text
     assert made.figures == ["speedup-1.png", "speedup-1.svg", "speedup-3.png", "speedup-3.svg"]
     assert [made.table(number)[0][-1] for number in (1, 2, 3)] == ["span F1", "F1", "F1"]
     assert max(map(len, made.lines)) <= 100
@@ -405,7 +403,7 @@ def remark(report, workers=4, train=250, base=None, **changed):
 def test_exchange(report):
     text = remark(report, exchange=40.0)
     assert text.startswith("16% of the time (1 s per step) is spent exchanging 440 MB of gradients; ")
-    assert "--gradients bf16" in text and "--batch-size" in text and ONCE not in text
+    assert "--gradients bf16" in text and "--batch-size" in text and "repeat" not in text
     assert text.endswith(f"; without exchange and waiting the speedup would be {3.2 / 0.84:.2f}")
 
 
@@ -426,8 +424,8 @@ def test_waiting(report):
     assert text.endswith(f"; without exchange and waiting the speedup would be {3.2 / 0.84:.2f}")
 
 
-def test_without_exchange_and_waiting_is_said_only_where_they_are_the_largest_part(report):
-    assert "without exchange and waiting" in remark(report, waiting=15.0, exchange=15.0)
+def test_without_exchange_and_waiting_is_said_only_where_one_of_them_is_the_cause(report):
+    assert "without exchange and waiting" in remark(report, waiting=30.0, exchange=10.0)
     assert "without exchange and waiting" not in remark(report, waiting=10.0, exchange=10.0)
 
 
@@ -440,7 +438,7 @@ def test_what_is_not_measured_is_not_guessed_from_one_run_each(report, machine, 
     assert text == f"20% of the time ({seconds} s per step) is not explained by what a run measures; {ONCE}".replace(
         "6.25", "1.25"
     )
-    assert "for i in 1 2 3; do bash run_baseline.sh" in made.text and "sbatch --array=1-3 run_ddp.sh" in made.text
+    assert "for n in 1 2 3; do bash run_baseline.sh" in made.text and "sbatch --array=1-3 run_ddp.sh" in made.text
 
 
 def test_nobody_is_told_to_repeat_what_was_repeated(report):
@@ -454,7 +452,7 @@ def test_rows_have_the_likely_causes_of_their_mode(report):
     strong = report(*repeat("base"), *repeat("p", 4, 250)).of["p-0"]["remark"]
     weak = report(*repeat("w", 4, 251, batch_size=192)).of["w-0"]["remark"]
     alone = report(*repeat("one", 1, 1000)).of["one-0"]["remark"]
-    assert "smaller shares" in strong and "smaller shares" not in weak + alone
+    assert "smaller share" in strong and "smaller share" not in weak + alone
     assert "batch" not in weak and "DDP" in alone and "batch" not in alone
 
 
@@ -473,7 +471,7 @@ def test_a_gpu_that_waits_for_its_host(report, name, is_host, gradients):
     )
     text = made.of["p"]["remark"]
     assert ("the GPU waits for its host" in text) == is_host
-    assert ("--batch-size" in text) == is_host and text.endswith(ONCE)
+    assert ("a larger batch" in text) == is_host and text.endswith(ONCE)
     assert "not explained" not in text or not is_host
 
 
@@ -585,8 +583,8 @@ OTHER_FILES = {
     ),
     "a-list": ([1, 2], "not a timing record, but other JSON, such as predictions"),
     "a-number": (7, "not a timing record, but other JSON, such as predictions"),
-    "schema-1": ({"schema": 1, "script": "baseline", "work": {}}, "a timing record of schema 1, not 3; run it again"),
-    "schema-2": (RECORD | {"schema": 2}, "a timing record of schema 2, not 3; run it again"),
+    "schema-1": ({"schema": 1, "script": "baseline", "work": {}}, "a timing record of schema 1, not 3; repeat the run"),
+    "schema-2": (RECORD | {"schema": 2}, "a timing record of schema 2, not 3; repeat the run"),
 }
 
 
@@ -602,7 +600,7 @@ def test_what_is_no_record_is_named_for_what_it_is_and_skipped(tmp_path, report,
     made = report(record("base"), record("two", 2, 410))
     (line,) = [line for line in made.lines if line.startswith(f"{path}: skipped, ")]
     assert said in line and ("damaged" in line) == (name in DAMAGED)
-    assert ("run it again" in line) == (said != "not a timing record, but other JSON, such as predictions")
+    assert ("repeat the run" in line) == (said != "not a timing record, but other JSON, such as predictions")
     assert [row["run_name"] for row in made.rows] == [["base"], ["two"]]
 
 
@@ -629,7 +627,7 @@ def test_whatever_one_record_holds_the_others_are_reported(tmp_path_factory, dat
 def test_the_table(report):
     made = report(record("base"), record("p", 4, 250, exchange=25.0, waiting=2.5, nodes=2))
     headings, (base, row) = made.table()
-    assert headings == ["mode", "workers", "nodes", "batch", "n", "train s", "feat./s", "speedup", "eff.", "exch.",
+    assert headings == ["nodes", "batch", "n", "train s", "feat./s", "speedup", "eff.", "exch.",
                         "wait", "other", "F1"]  # fmt: skip
     shown = ["baseline", "1", "1", "48", "1", "800.0", "2.5", "1.00", "100%", "0%", "0%", "0%", "75.0"]
     assert list(base.values()) == shown
@@ -657,9 +655,7 @@ def test_no_line_has_more_than_100_characters(report, sample):
     assert "123462.2" in made.text and "preempted" in made.text
     # What found no space in the first lines comes below them.
     last = "span F1" if sample else "F1"
-    assert last not in headings and any(
-        line.split()[0] == "mode" and last in line for line in made.lines if line.split()
-    )
+    assert last not in headings and any(line.split()[-1:] == ["commit"] or last in line for line in made.lines)
 
 
 @pytest.mark.parametrize("gradients", ["fp32", "bf16"])
@@ -832,8 +828,8 @@ def test_report_as_a_user_starts_it(tmp_path):
 
 def test_without_a_baseline_there_are_times_and_no_ratios(report):
     made = report(record("two", 2, 390), record("four", 4, 250))
-    assert "no ratios without a baseline of the same work; make it with run_baseline.sh" in made.text
-    assert made.text.count("no ratios") == 1
+    assert "no speedup without a baseline of the same work (with --max-steps: the same batches); make one" in made.text
+    assert made.text.count("no speedup without") == 1
     columns = ["train s", "feat./s", "speedup", "eff.", "exch.", "wait", "other"]
     assert [[row[column] for column in columns] for row in made.table()[1]] == [
         ["390.0", "5.1", "-", "-", "0%", "0%", "-"],
@@ -858,7 +854,7 @@ def test_with_records_of_an_older_schema_only(tmp_path):
     (write_records(tmp_path, []) / "old.json").write_text(json.dumps(RECORD | {"schema": 2}))
     process = run_script("distributed.py", ["--report"], tmp_path)
     assert process.returncode == 2 and len(process.stderr.splitlines()) == 1
-    assert process.stdout == "results/old.json: skipped, a timing record of schema 2, not 3; run it again\n"
+    assert process.stdout == "results/old.json: skipped, a timing record of schema 2, not 3; repeat the run\n"
 
 
 def test_a_hundred_records_take_seconds(tmp_path, capsys):

@@ -34,7 +34,7 @@ fi
 bound=${OMP_PROC_BIND:-}${OMP_PLACES:-}${GOMP_CPU_AFFINITY:-}${KMP_AFFINITY:-}
 where="node=${SLURMD_NODENAME:-} gpus=${CUDA_VISIBLE_DEVICES:-} threads=${OMP_NUM_THREADS:-} bound=$bound"
 [[ $2 != *distributed.run* ]] || set -- torchrun "${@:3}"
-echo "called: $* | ${0##*/} $where offline=${HF_HUB_OFFLINE:-}"
+echo "called: $* | ${0##*/} $where offline=${HF_HUB_OFFLINE:-}" >&2
 if [[ $* == "-m venv "* ]]; then
     rm -rf "${!#}"
     mkdir -p "${!#}/bin"
@@ -362,7 +362,7 @@ def test_warned_jobs_come_back_and_end_with_the_same_weights(
         job = finish(project, number)
         check_resumed(job)
         assert job.output.count("stopped as asked after step") == 1
-        assert job.output.count("is queued again") == 1 and "Traceback" not in job.output
+        assert job.output.count("has been requeued") == 1 and "Traceback" not in job.output
         reference = expected[launcher]
         assert reference.state == "COMPLETED" and reference.fields["Restarts"] == "0", reference.output
         assert weights(job) == weights(reference), number
@@ -417,7 +417,7 @@ def test_warned_again_or_cancelled_while_it_saves(
         control("scancel", job.number)
     cancelled = finish(project, jobs["cancelled"].number)
     assert cancelled.state == "CANCELLED" and cancelled.fields["Restarts"] == "0"
-    assert f"go on with the same command and --run-name {cancelled.run}" in cancelled.output
+    assert f"resume with the same command and --run-name {cancelled.run}" in cancelled.output
 
 
 def test_a_killed_rank_ends_the_job(project, train_some_steps, finish, small_work):
@@ -451,12 +451,12 @@ def test_stopped_for_good(project, tmp_path, train_some_steps, submit, finish, c
         # Of two nodes, the status may be torchrun's.
         assert ended.exit_code in ("143:0", "1:0" if name == "terminated" else "143:0")
         assert ended.fields["Restarts"] == "0"
-        assert f"; go on with the same command and --run-name {ended.run}\n" in ended.output
-        assert ("cannot be queued again" in ended.output) == (name == "container") and ended.record is None
+        assert f"; resume with the same command and --run-name {ended.run}\n" in ended.output
+        assert ("cannot be requeued" in ended.output) == (name == "container") and ended.record is None
         assert "Traceback" not in ended.output
         jobs[name].checkpoint = project / f"checkpoints/{ended.run}/last.pt"
 
-    # Without progress since it was resumed, a job is not queued again.
+    # Without progress since it was resumed, a job is not requeued.
     before = jobs["killed"].checkpoint.read_bytes()
     run = jobs["killed"].checkpoint.parent.name
     number = submit(project, "run_baseline.sh", *small_work, "--run-name", run)
@@ -469,7 +469,7 @@ def test_stopped_for_good(project, tmp_path, train_some_steps, submit, finish, c
     control("scancel", "--signal=USR1", number)
     ended = finish(project, number, f"results/{run}.json")
     assert (ended.state, ended.exit_code) == ("FAILED", "143:0") and ended.fields["Restarts"] == "0", ended.output
-    assert ended.output.count("not queued again") == 1 and "resuming after step" in ended.output
+    assert ended.output.count("not requeued") == 1 and "resuming after step" in ended.output
     assert jobs["killed"].checkpoint.read_bytes() == before
 
 
@@ -641,10 +641,10 @@ def test_in_an_allocation(quick, environment, allocate, launcher, expected, thre
     command = ["timeout", "300", *allocate, "bash", launcher, "--seed", "1"]
     run = subprocess.run(command, cwd=quick, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    *_, (arguments, where) = calls(run.stdout)
+    *_, (arguments, where) = calls(run.stderr)
     assert where["node"] in slurm.NODES and arguments.endswith(f"/{LAUNCHERS[launcher]} --seed 1")
     assert where["threads"] == (threads or where["threads"])
-    assert expected is None or workers(run.stdout) == expected
+    assert expected is None or workers(run.stderr) == expected
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
@@ -732,15 +732,15 @@ def launch(tmp_path):
 
     def start(path, *arguments, **variables):
         command = ["bash", launch.directory / path, *arguments]
-        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return subprocess.Popen(
             command, cwd=tmp_path, env=without_choices() | {"PYTHON": str(stub)} | variables, **streams
         )
 
     def launch(path, *arguments, **variables):
         process = start(path, *arguments, **variables)
-        output, error = process.communicate(timeout=120)
-        return process.returncode, [arguments for arguments, _ in calls(output)], output + error
+        output, _ = process.communicate(timeout=120)
+        return process.returncode, [arguments for arguments, _ in calls(output)], output
 
     launch.directory, launch.start, launch.stub = directory, start, stub
     return launch
@@ -789,7 +789,7 @@ def test_a_complete_environment_is_left_alone(launch):
     for arguments in [], ["--prepare"]:  # another run may be using the old one
         status, found, output = launch("run_baseline.sh", *arguments)
         assert status == 2 and not found and output.count("\n") == 1
-        assert output.startswith("run_baseline.sh: error: .venv does not fit ") and "remove it" in output
+        assert output.startswith("run_baseline.sh: error: .venv does not match ") and "remove it" in output
     shutil.rmtree(launch.directory / ".venv")
     assert launch("run_baseline.sh", "--prepare")[1] == [*installation(launch.directory), f"{script} --prepare"]
 
