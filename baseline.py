@@ -110,7 +110,7 @@ def build_parser():
     share = bounded(float, 0, 1)
     # The shell does not expand the ~ of --output-dir=~/x.
     path = os.path.expanduser
-    add("--model", type=path, default="google-bert/bert-base-uncased", help="BERT checkpoint (default: %(default)s)")
+    add("--model", type=path, default="google-bert/bert-base-uncased", help="BERT model (default: %(default)s)")
     add("--train-file", type=path, help=f"SQuAD-format .json or .json.gz (default: {HUB_DATASET} from the Hub)")
     add("--dev-file", type=path, help="the same, for evaluation")
     sets = "--batch-size 12 --micro-batch-size 6 --lr 2e-4 --dropout 0 --threads 1"
@@ -164,6 +164,10 @@ def parse_args():
     if args.run_name is None:
         now = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
         args.run_name = f"{SCRIPT}-{os.environ.get('SLURM_JOB_ID') or now}"
+        # In an allocation of salloc, each start is a step: 0, 1, 2 and so on. A job's script makes only the first.
+        step = os.environ.get("SLURM_STEP_ID", "0")
+        if step != "0":
+            args.run_name += f".{step}"
     # The name becomes part of file names, which are limited to 255 bytes. speedup-1.png and the like are the report's.
     is_name = re.fullmatch(r"(?!speedup)\w[\w.+-]*", args.run_name)
     if not is_name or len(os.fsencode(args.run_name)) > 200:
@@ -753,10 +757,13 @@ def evaluate(model, split, args):
         loss_sum += loss * len(batch)
         spans[start : start + size] = best_spans(start_logits, end_logits, inputs["is_context"])
     model.train()
+    quality = {"dev_loss": loss_sum.item() / len(split.lengths)}
+    # Without finite logits, no span is the best.
+    if not math.isfinite(quality["dev_loss"]):
+        return quality, []
     answers = sorted(answer_questions(split, indices, spans.cpu().numpy()))
     has_answer = np.array([len(gold["text"]) > 0 for gold in split.questions["answers"][:]])
-    quality = summarize(answers, has_answer)
-    quality["dev_loss"] = loss_sum.item() / len(split.lengths)
+    quality.update(summarize(answers, has_answer))
     return quality, answers
 
 
@@ -853,7 +860,7 @@ def load_checkpoint(path, settings, progress, model, optimizer):
     log(f"resuming after step {progress['step']}")
 
 
-def queue_again(by_hand):
+def requeue(by_hand):
     """Ask Slurm to requeue this job, and return the outcome. by_hand: the advice to return if it cannot."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
@@ -863,12 +870,12 @@ def queue_again(by_hand):
         job = "{SLURM_ARRAY_JOB_ID}_{SLURM_ARRAY_TASK_ID}".format(**os.environ)
     try:
         # Requeuing would also revive a job that has just been canceled.
-        state = ["squeue", "--noheader", "--format=%T", f"--jobs={job}"]
-        if subprocess.run(state, check=True, capture_output=True, text=True).stdout.strip() != "RUNNING":
+        state = subprocess.check_output(["squeue", "--noheader", "--format=%T", f"--jobs={job}"], text=True)
+        if state.strip() != "RUNNING":
             return by_hand
         # Slurm ends the processes of a requeued job, perhaps before scontrol returns.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True)
+        subprocess.run(["scontrol", "requeue", job], check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         return f"job {job} cannot be requeued ({error}); {by_hand}"
     return f"job {job} has been requeued"
@@ -993,6 +1000,7 @@ def make_record(args, settings, environment, progress, quality):
         "run_name": args.run_name,
         "started": progress["started"],
         "resumed": progress["resumed"],
+        "readings": progress["readings"],
         "workers": {"world_size": 1, "nodes": 1, "threads": args.threads},
         "settings": settings,
         "environment": environment,
@@ -1038,6 +1046,7 @@ def main():
         "step": 0,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "resumed": 0,
+        "readings": 0,
         "seconds": dict.fromkeys(SECONDS, 0.0),
         "scalars": {},
     }
@@ -1087,6 +1096,8 @@ def main():
     if max(sizes) < args.batch_size:
         log(f"--batch-size {args.batch_size}: there are fewer features, so each step trains on all of them")
 
+    checkpoint_exists = (run_path / "last.pt").exists()
+
     # Resuming, if a run of this name was interrupted. A finished run is left alone.
     if is_finished:
         with explained(f"{record_path}: damaged", "remove it, or give another --run-name"):
@@ -1095,7 +1106,7 @@ def main():
         return
     with timed(progress["seconds"], "warm_up"):
         warm_up(model, train, batches[:steps_per_epoch], args)
-    if (run_path / "last.pt").exists():
+    if checkpoint_exists:
         load_checkpoint(run_path / "last.pt", settings, progress, model, optimizer)
     if stop_requests:
         raise ScriptError("told to stop before its first step, so not requeued; give the job a longer --time", 143)
@@ -1146,6 +1157,7 @@ def main():
         first = step - len(pending)
         pending = []
         progress["step"] = step
+        progress["readings"] += 1
         for number, loss in enumerate(losses, first + 1):
             board.show(number, {"loss/train": loss})
         speed = sum(sizes[first:step]) / elapsed
@@ -1165,14 +1177,16 @@ def main():
         if evaluate_now and is_finite and not must_stop:
             with timed(seconds, "evaluate"):
                 quality, answers = evaluate(model, dev, args)
-            board.show(step, {tag: quality[name] for tag, name in DEV_SCALARS.items()})
-            board.call("flush")
-            shown = [f"{name} {quality[name] or 0:.1f}" for name in ("exact", "f1", "best_span_f1")]
-            log(f"dev set after step {step}: loss {quality['dev_loss']:.3f}, {', '.join(shown)}")
             is_finite = math.isfinite(quality["dev_loss"])
         if not is_finite:
             board.call("flush")
             raise ScriptError(f"stopped: the loss is not finite at step {step}; try a lower --lr", 1)
+        if evaluate_now and not must_stop:
+            board.show(step, {tag: quality[name] for tag, name in DEV_SCALARS.items()})
+            board.call("flush")
+            shown = [name for name in ("exact", "f1", "best_span_f1") if quality[name] is not None]
+            shown = ", ".join(f"{name} {quality[name]:.1f}" for name in shown)
+            log(f"dev set after step {step}: loss {quality['dev_loss']:.3f}, {shown}")
         if save_now or must_stop:
             with timed(seconds, "checkpoint"):
                 # TensorBoard is never behind a checkpoint.
@@ -1184,7 +1198,7 @@ def main():
         if must_stop:
             outcome = f"resume with the same command and --run-name {args.run_name}"
             if stop_requests[0] == signal.SIGUSR1:
-                outcome = queue_again(outcome)
+                outcome = requeue(outcome)
             raise ScriptError(f"stopped as asked after step {step}; {outcome}", 143)
 
     # Results. The record comes first: whatever fails after it, the measurement is kept.
@@ -1196,13 +1210,13 @@ def main():
     record = make_record(args, settings, environment, progress, quality)
     write(record_path, record)
     board.call("close")
-    # To find its best threshold, the official scorer needs the best span of every question, and its no-answer score.
-    predictions = [
-        {answer.id: answer.text if answer.no_answer_score <= 0 else "" for answer in answers},
-        {answer.id: answer.no_answer_score for answer in answers},
-        {answer.id: answer.text for answer in answers},
-    ]
     if args.predictions is not None:
+        # To find its best threshold, the official scorer needs the best span and no-answer score of every question.
+        predictions = [
+            {answer.id: answer.text if answer.no_answer_score <= 0 else "" for answer in answers},
+            {answer.id: answer.no_answer_score for answer in answers},
+            {answer.id: answer.text for answer in answers},
+        ]
         for path, content in zip(prediction_paths(args), predictions, strict=True):
             write(path, content)
     with explained(f"{run_path / 'model'}: cannot be written", f"{record_path} is complete", status=1):

@@ -61,6 +61,7 @@ HOST = os.environ.get("SLURMD_NODENAME", os.uname().nodename)
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 HUB_DATASET = "rajpurkar/squad_v2"
 MAX_ANSWER_TOKENS = 30
 # WordPiece turns a longer word into one [UNK], which says nothing about the text in it.
@@ -125,7 +126,7 @@ def build_parser():
     share = bounded(float, 0, 1)
     # The shell does not expand the ~ of --output-dir=~/x.
     path = os.path.expanduser
-    add("--model", type=path, default="google-bert/bert-base-uncased", help="BERT checkpoint (default: %(default)s)")
+    add("--model", type=path, default="google-bert/bert-base-uncased", help="BERT model (default: %(default)s)")
     add("--train-file", type=path, help=f"SQuAD-format .json or .json.gz (default: {HUB_DATASET} from the Hub)")
     add("--dev-file", type=path, help="the same, for evaluation")
     sets = "--batch-size 12 --micro-batch-size 6 --lr 2e-4 --dropout 0 --threads 1"
@@ -181,6 +182,10 @@ def parse_args():
     if args.run_name is None:
         now = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
         args.run_name = f"{SCRIPT}-{os.environ.get('SLURM_JOB_ID') or now}"
+        # In an allocation of salloc, each start is a step: 0, 1, 2 and so on. A job's script makes only the first.
+        step = os.environ.get("SLURM_STEP_ID", "0")
+        if step != "0":
+            args.run_name += f".{step}"
     # The name becomes part of file names, which are limited to 255 bytes. speedup-1.png and the like are the report's.
     is_name = re.fullmatch(r"(?!speedup)\w[\w.+-]*", args.run_name)
     if not is_name or len(os.fsencode(args.run_name)) > 200:
@@ -241,7 +246,7 @@ def default_threads():
     if quota_file.exists():
         quota, period = quota_file.read_text().split()
         if quota != "max":
-            threads = min(threads, math.ceil(int(quota) / int(period)))
+            threads = min(threads, math.ceil(int(quota) / int(period) / LOCAL_WORLD_SIZE))
     return threads
 
 
@@ -832,10 +837,13 @@ def evaluate(model, split, args):
     # The windows of a question may lie on several ranks: they are brought together, and each question counts once.
     parts = gather((loss_sum.item(), indices, spans.cpu().numpy()))
     losses, indices, spans = zip(*parts, strict=True)
+    quality = {"dev_loss": sum(losses) / len(split.lengths)}
+    # Without finite logits, no span is the best.
+    if not math.isfinite(quality["dev_loss"]):
+        return quality, []
     answers = sorted(answer_questions(split, np.concatenate(indices), np.concatenate(spans)))
     has_answer = np.array([len(gold["text"]) > 0 for gold in split.questions["answers"][:]])
-    quality = summarize(answers, has_answer)
-    quality["dev_loss"] = sum(losses) / len(split.lengths)
+    quality.update(summarize(answers, has_answer))
     return quality, answers
 
 
@@ -903,7 +911,7 @@ def check_settings(path, saved, settings):
 
 
 def save_checkpoint(path, settings, progress, model, optimizer):
-    """Save everything that an identical resume needs. All ranks have the same; rank 0 writes."""
+    """Save everything that an identical resume needs. All ranks have the same weights; rank 0 writes, and its times."""
     if RANK > 0:
         return
     checkpoint = {
@@ -934,7 +942,7 @@ def load_checkpoint(path, settings, progress, model, optimizer):
     log(f"resuming after step {progress['step']}")
 
 
-def queue_again(by_hand):
+def requeue(by_hand):
     """Ask Slurm to requeue this job, and return the outcome. by_hand: the advice to return if it cannot."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
@@ -944,12 +952,12 @@ def queue_again(by_hand):
         job = "{SLURM_ARRAY_JOB_ID}_{SLURM_ARRAY_TASK_ID}".format(**os.environ)
     try:
         # Requeuing would also revive a job that has just been canceled.
-        state = ["squeue", "--noheader", "--format=%T", f"--jobs={job}"]
-        if subprocess.run(state, check=True, capture_output=True, text=True).stdout.strip() != "RUNNING":
+        state = subprocess.check_output(["squeue", "--noheader", "--format=%T", f"--jobs={job}"], text=True)
+        if state.strip() != "RUNNING":
             return by_hand
         # Slurm ends the processes of a requeued job, perhaps before scontrol returns.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True)
+        subprocess.run(["scontrol", "requeue", job], check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         return f"job {job} cannot be requeued ({error}); {by_hand}"
     return f"job {job} has been requeued"
@@ -1094,6 +1102,7 @@ def make_record(args, settings, environment, progress, quality):
         "run_name": args.run_name,
         "started": progress["started"],
         "resumed": progress["resumed"],
+        "readings": progress["readings"],
         "workers": {"world_size": WORLD_SIZE, "nodes": int(os.environ["GROUP_WORLD_SIZE"]), "threads": args.threads},
         "settings": settings,
         "environment": environment,
@@ -1118,8 +1127,8 @@ READ_FROM = {"model_sha256": "model", "train_sha256": "train_file", "dev_sha256"
 # Runs that also agree in these are repetitions: one row of a table. Those of MAY_VARY are columns where they vary.
 SAME_ROW = ["script", "world_size", "nodes", "batch_size", "gradients"]
 MAY_VARY = ["lr", "micro_batch_size", "threads", "resumed", "commit"]
-COUNTS = ["world_size", "nodes", "batch_size", "steps", "parameters", "trained_features", "trained_tokens"]
-TIMES = ["train", "exchange", "waiting", "cpu", "device_wait", "total"]
+COUNTS = ["world_size", "nodes", "batch_size", "steps", "readings", "parameters", "trained_features", "trained_tokens"]
+TIMES = ["train", "exchange", "waiting", "cpu", "device_wait", "data", "total"]
 SCORES = ["train_loss", "dev_loss", "exact", "f1", "best_f1", "best_span_f1"]
 # The columns of a table: the key in speedup.json, the heading, the format.
 COLUMNS = {
@@ -1137,7 +1146,7 @@ PARTS = {"useful": "", "exchange": "/////", "waiting": ".....", "preempted": "xx
 REPEAT = """to repeat runs, with the options that they had:
   for n in 1 2 3; do bash run_baseline.sh OPTIONS; bash run_ddp.sh OPTIONS; done
   sbatch --array=1-3 run_baseline.sh OPTIONS; sbatch --array=1-3 run_ddp.sh OPTIONS  # with Slurm"""
-# Equal runs differ by about this fraction even on an idle machine, so no smaller loss needs a cause.
+# Equal runs differed by up to 2 % on an idle machine: to be on the safe side, no loss below this share needs a cause.
 SCATTER = 0.03
 
 
@@ -1148,7 +1157,7 @@ def read_record(path):
         raise ScriptError("not a timing record, but other JSON, such as predictions")
     if record["schema"] != 3:
         raise ScriptError(f"a timing record of schema {record['schema']}, not 3; repeat the run")
-    run = {name: record[name] for name in ("run_name", "started", "resumed")}
+    run = {name: record[name] for name in ("run_name", "started", "resumed", "readings")}
     for section in ("workers", "settings", "environment", "seconds", "quality"):
         run.update(record[section])
     if run["script"] not in ("baseline", "distributed"):
@@ -1165,7 +1174,7 @@ def read_record(path):
         # No count or time is as large as 1e15; NaN and infinity are not below it either.
         if not least <= run[name] < 1e15:
             raise ValueError(f"{name} is {run[name]}")
-    if not run["exchange"] + run["waiting"] < run["train"] <= run["total"]:
+    if not run["exchange"] + run["waiting"] < run["train"] <= run["total"] - run["data"]:
         raise ValueError("its times do not add up")
     # To a GPU, the threads of its worker hardly matter.
     run["cpu_threads"] = run["threads"] if run["nccl"] is None else None
@@ -1213,8 +1222,8 @@ def make_row(equal):
     # From here on, shares of the time.
     row.exchange /= row.train
     row.waiting /= row.train
-    # A CPU worker that neither exchanges nor waits keeps at least one thread busy. If it got less CPU time than that,
-    # others had its cores. A loss below a tenth is ignored: the exchange itself uses CPU time, too.
+    # A CPU worker that neither exchanges nor waits keeps its main thread busy. If that got less CPU time, others had
+    # its core. A loss below a tenth is ignored: the thread also waits for its worker's others, and works to exchange.
     computing = 1 - row.exchange - row.waiting
     row.lost_cpu = computing - row.cpu / row.train
     if row.nccl is not None or row.lost_cpu < 0.1 * computing:
@@ -1241,7 +1250,8 @@ def compare(row, baselines):
     base = min(found, key=lambda base: (base.resumed > 0, base.train))
     row.base = base.run_name
     row.speedup = base.train / row.train
-    row.end_to_end_speedup = base.total / row.total
+    # Without the data, which only the first run on it prepares.
+    row.end_to_end_speedup = (base.total - base.data) / (row.total - row.data)
     if min(row.n, base.n) > 1:
         row.speedup_range = [base.fastest / row.slowest, base.slowest / row.fastest]
     if mode == "strong" and 1 < row.speedup <= p:
@@ -1259,7 +1269,7 @@ def compare(row, baselines):
 
 def explain(row, base, mode):
     """Return a sentence on what a row loses most time to, or why that is unclear; None if it loses too little."""
-    if row.useful > 1:
+    if row.useful > 1 + SCATTER:
         text = "efficiency above 100%; likely causes: chance, a baseline that another --micro-batch-size speeds up,"
         return f"{text} shares of the batch that fit a cache, or other programs that slowed down the baseline"
     lost = {part: getattr(row, part) for part in PARTS if part != "useful"}
@@ -1268,14 +1278,15 @@ def explain(row, base, mode):
     if cause in ("waiting", "other") and row.preempted > SCATTER:
         cause = "preempted"
     share = lost[cause]
-    # Other programs also make equal runs differ, but what they take is measured within a run.
+    # The rest, after the parts measured within a run, is known as well as equal runs agree. Other programs explain why
+    # they do not.
     widest = max(row, base, key=lambda runs: runs.spread)
-    scatter = SCATTER if cause == "preempted" else max(SCATTER, widest.spread)
-    if min(share, 1 - row.useful) < scatter:
-        if scatter == SCATTER:
-            return None
+    explicable = share if cause == "other" else 1 - row.useful
+    if widest.spread > max(SCATTER, explicable) and cause != "preempted":
         text = f"equal runs took {widest.fastest:.1f} to {widest.slowest:.1f} s, and differ by more than what is lost"
         return f"{text}; find out why, or repeat them on an idle machine"
+    if min(share, 1 - row.useful) < SCATTER:
+        return None
     step = row.train / row.steps
     text = f"{share:.0%} of the time ({share * step:.3g} s per step) is {describe_cause(cause, row, base, mode)}"
     if cause in ("exchange", "waiting"):
@@ -1288,32 +1299,34 @@ def describe_cause(cause, row, base, mode):
     """Return what a part of a row's time is lost to, and what helps."""
     if cause == "exchange":
         bytes_each = 2 if row.gradients == "bf16" else 4
-        text = f"spent exchanging {row.parameters * bytes_each / 1e6:.0f} MB of gradients; try "
+        text = f"spent exchanging {row.parameters * bytes_each / 1e6:.0f} MB of gradients"
+        advice = []
         if row.gradients == "fp32":
-            text += "--gradients bf16, "
+            advice.append("--gradients bf16")
         if mode != "weak":
-            text += "a larger --batch-size (weak scaling), "
-        return text + "a faster network (NCCL_DEBUG=INFO shows which one NCCL uses)"
+            advice.append("a larger --batch-size (weak scaling)")
+        if row.nodes > 1:
+            advice.append("a faster network (for NCCL, NCCL_DEBUG=INFO shows which one it uses)")
+        return f"{text}; try {', or '.join(advice)}" if advice else text
     if cause == "waiting":
         return "spent waiting for slower ranks; look for a slow or busy device or node"
     if cause == "preempted":
         text = "lost to other programs, or other workers, on the same cores, beyond what they took from the baseline"
-        return f"{text}; see what else runs (top), and whether two workers share a core (taskset, OMP_PROC_BIND)"
+        return f"{text}; see what else runs (top), and whether two workers are bound to one core (taskset)"
     # This loss is inferred, not measured: in a single run, it may be chance.
     repeat = ""
     if min(row.n, base.n) == 1:
         repeat = "; one run is not enough: repeat it and its baseline on an idle machine before you look for a cause"
     # If the host waits less than half a step for the GPU at a reading, then the GPU has been waiting for the host.
-    readings = math.ceil(row.steps / READ_EVERY["cuda"])
-    if row.nccl is not None and row.device_wait / readings < row.train / row.steps / 2:
+    if row.nccl is not None and row.device_wait / row.readings < row.train / row.steps / 2:
         text = "lost while the GPU waits for its host; give the GPU more per step: a larger batch per worker, also"
-        return f"{text} in the baseline (--compile would make the host slower){repeat}"
+        return f"{text} in the baseline, and no --compile, which costs the host more{repeat}"
     text = "not explained by what a run measures"
     if repeat:
         return text + repeat
-    if mode == "one worker":
-        return f"{text}; likely, it is DDP's own work"
-    text += "; likely, workers share what they need (caches, memory, power), as two baselines side by side show"
+    text += "; likely, it is DDP's own work"
+    if row.nccl is None and mode != "one worker":
+        text += ", or what workers share (caches, memory, power), as two baselines side by side would show"
     if mode == "strong":
         text += ", or a smaller share of a batch is computed less efficiently"
     return text
@@ -1331,7 +1344,7 @@ def list_differences(run, base):
 
 def say(text):
     """Print a text in lines of at most 100 characters."""
-    print(textwrap.fill(text, 100, subsequent_indent="  ", break_on_hyphens=False))
+    print(textwrap.fill(text, 100, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False))
 
 
 def print_table(table):
@@ -1421,6 +1434,9 @@ def report(args):
     # What was done, and what tells the tables apart.
     heading = ["model", "precision", "device", "train_file", "trained_features"]
     heading += [READ_FROM.get(name, name) for name in SAME_WORK if runs[name].map(str).nunique() > 1]
+    # Jobs that end together report one after the other.
+    lock = filelock.FileLock(results / ".report.lock")
+    lock.acquire()
     # Remove old figures: the tables may have new numbers.
     for path in results.glob("speedup-*"):
         path.unlink()
@@ -1457,6 +1473,7 @@ def report(args):
     keys = ["table", "run_name", "mode", "world_size", "gradients", "steps", "total", "worker_hours", "lost_cpu"]
     keys = dict.fromkeys([*keys, *COLUMNS, *COMPARED, *SCORES])
     write(results / "speedup.json", json.loads(rows[list(keys)].to_json(orient="records")))
+    lock.release()
 
 
 # main -----------------------------------------------------------------------------------------------------------------
@@ -1494,6 +1511,7 @@ def main():
         "step": 0,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "resumed": 0,
+        "readings": 0,
         "seconds": dict.fromkeys(SECONDS, 0.0),
         "scalars": {},
     }
@@ -1559,7 +1577,7 @@ def main():
     ddp_model = DistributedDataParallel(
         model,
         broadcast_buffers=False,
-        gradient_as_bucket_view=True,  # avoids a second copy of the gradients
+        gradient_as_bucket_view=True,  # keeps no second copy of the averaged gradients
     )
     timer = ExchangeTimer(ddp_model, args)
     if len(set(gather(args.precision))) > 1:
@@ -1577,7 +1595,7 @@ def main():
         return
     with timed(progress["seconds"], "warm_up"):
         warm_up(ddp_model, train, batches[:steps_per_epoch], args)
-    if (run_path / "last.pt").exists():
+    if checkpoint_exists:
         load_checkpoint(run_path / "last.pt", settings, progress, model, optimizer)
     if any(gather(len(stop_requests))):
         dist.destroy_process_group()
@@ -1636,6 +1654,7 @@ def main():
         first = step - len(pending)
         pending = []
         progress["step"] = step
+        progress["readings"] += 1
         for number, loss in enumerate(losses, first + 1):
             board.show(number, {"loss/train": loss})
         speed = sum(sizes[first:step]) / elapsed
@@ -1657,15 +1676,17 @@ def main():
         if evaluate_now and is_finite and not must_stop:
             with timed(seconds, "evaluate"):
                 quality, answers = evaluate(model, dev, args)
-            board.show(step, {tag: quality[name] for tag, name in DEV_SCALARS.items()})
-            board.call("flush")
-            shown = [f"{name} {quality[name] or 0:.1f}" for name in ("exact", "f1", "best_span_f1")]
-            log(f"dev set after step {step}: loss {quality['dev_loss']:.3f}, {', '.join(shown)}")
             is_finite = math.isfinite(quality["dev_loss"])
         if not is_finite:
             board.call("flush")
             dist.destroy_process_group()
             raise ScriptError(f"stopped: the loss is not finite at step {step}; try a lower --lr", 1)
+        if evaluate_now and not must_stop:
+            board.show(step, {tag: quality[name] for tag, name in DEV_SCALARS.items()})
+            board.call("flush")
+            shown = [name for name in ("exact", "f1", "best_span_f1") if quality[name] is not None]
+            shown = ", ".join(f"{name} {quality[name]:.1f}" for name in shown)
+            log(f"dev set after step {step}: loss {quality['dev_loss']:.3f}, {shown}")
         if save_now or must_stop:
             with timed(seconds, "checkpoint"):
                 # TensorBoard is never behind a checkpoint.
@@ -1681,8 +1702,8 @@ def main():
             # torchrun turns a second USR1 into TERM, so only each rank's first signal counts.
             first_requests = gather(stop_requests[:1])
             if RANK == 0 and [signal.SIGTERM] not in first_requests:
-                outcome = queue_again(outcome)
-            # Exit together: Slurm ends the whole job step as soon as one node's task ends.
+                outcome = requeue(outcome)
+            # Exit together: Slurm ends the whole job step as soon as one node's task fails, as 143 does.
             dist.barrier()
             dist.destroy_process_group()
             raise ScriptError(f"stopped as asked after step {step}; {outcome}", 143)
@@ -1699,13 +1720,13 @@ def main():
         return
     write(record_path, record)
     board.call("close")
-    # To find its best threshold, the official scorer needs the best span of every question, and its no-answer score.
-    predictions = [
-        {answer.id: answer.text if answer.no_answer_score <= 0 else "" for answer in answers},
-        {answer.id: answer.no_answer_score for answer in answers},
-        {answer.id: answer.text for answer in answers},
-    ]
     if args.predictions is not None:
+        # To find its best threshold, the official scorer needs the best span and no-answer score of every question.
+        predictions = [
+            {answer.id: answer.text if answer.no_answer_score <= 0 else "" for answer in answers},
+            {answer.id: answer.no_answer_score for answer in answers},
+            {answer.id: answer.text for answer in answers},
+        ]
         for path, content in zip(prediction_paths(args), predictions, strict=True):
             write(path, content)
     with explained(f"{run_path / 'model'}: cannot be written", f"{record_path} is complete", status=1):
@@ -1733,10 +1754,8 @@ if __name__ == "__main__":
     except (RuntimeError, MemoryError) as error:
         lost = "lost the connection to another rank, which probably failed first: see its error"
         # NCCL raises errors of its own when a connection breaks; gloo names itself, or the peer.
-        if isinstance(error, dist.DistError):
+        if isinstance(error, dist.DistError) or re.search("gloo|(closed|reset) by peer", str(error)):
             fail(f"{lost} ({last_line(error)})")
-        if re.search("gloo|peer", str(error)):
-            fail(lost)
         if is_out_of_memory(error):
             fail("out of memory: set a lower --micro-batch-size")
         raise

@@ -44,12 +44,12 @@ for name, least in re.findall(r"(\w+)>=([\d.]+)", open(sys.argv[1]).read()):
         sys.exit(f"{name} {version} is older than {least}")' "$wanted" 2>&1) ||
     fail "$python: ${problem##*$'\n'}"
 
+unset OMP_PROC_BIND OMP_PLACES GOMP_CPU_AFFINITY KMP_AFFINITY # they could bind all to one core
 [[ -n ${SLURM_JOB_NODELIST:-} ]] || exec "$python" "$project/baseline.py" "$@"
 # Compute nodes seldom reach the internet, and sbatch --export=NONE leaves PATH unexported.
 export PATH HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} OMP_NUM_THREADS=${SLURM_JOB_CPUS_PER_NODE%%[(,]*}
-# srun would take these as its options, and OpenMP could bind all threads to one core.
+# srun would take these as its options.
 unset SLURM_EXPORT_ENV SLURM_TRES_PER_TASK SLURM_CPUS_PER_{TASK,GPU} SLURM_MEM_PER_{CPU,GPU,NODE}
-unset OMP_PROC_BIND OMP_PLACES GOMP_CPU_AFFINITY KMP_AFFINITY
 [[ -z ${SLURM_STEP_ID:-} ]] || export SLURM_OVERLAP=1 # the shell of srun --pty is a step, too
 exec srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --cpu-bind=none --quit-on-interrupt \
     "$python" "$project/baseline.py" "$@"

@@ -58,10 +58,10 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110 LOGLEVEL=CRITICAL TORCH_CPP_LOG_LEVEL=
 unset OMP_NUM_THREADS OMP_PROC_BIND OMP_PLACES GOMP_CPU_AFFINITY KMP_AFFINITY
 # shellcheck disable=SC2016 # On each node, start a worker for each of its GPUs, or two on its CPUs:
 on_node='
-    workers=${SLURM_GPUS_ON_NODE:-$("$0" -c "import torch; print(torch.cuda.device_count() or 2)")}
-    cpus=${SLURM_CPUS_ON_NODE:-$(nproc)}
-    export OMP_NUM_THREADS=$((cpus / workers))
-    [[ $OMP_NUM_THREADS != 0 ]] || OMP_NUM_THREADS=1
+    count="import torch; print(torch.cuda.device_count() or 2, torch.get_num_threads())"
+    read -r workers cpus < <("$0" -c "$count")
+    workers=${SLURM_GPUS_ON_NODE:-$workers} cpus=${SLURM_CPUS_ON_NODE:-$cpus}
+    export OMP_NUM_THREADS=$((cpus > workers ? cpus / workers : 1))
     # torchrun, but without its stack trace of a signal.
     exec "$0" -c "import sys, torch.distributed.run as run; sys.tracebacklimit = 0; run.main()" \
         --nproc-per-node="$workers" --node-rank="${SLURM_NODEID:-0}" \

@@ -108,7 +108,7 @@ BAD_OPTIONS = {
     "--device gpu": "invalid choice: 'gpu'",
     "--unknown": "unrecognized arguments: --unknown",
     "--run x": "unrecognized arguments: --run x",  # no abbreviations, which a later version may break
-    "--max-length 40 --doc-stride 40": "question 'q1' has 2 tokens: shorten it, or raise --max-length",
+    "--max-length 40 --doc-stride 40": "question 'q1' has 2 tokens: shorten it, raise",
     "--max-length 1000": "--max-length 1000 is above its limit of 512",
     # Met before the model is looked at.
     "--train-file x.json --model nowhere": "--train-file x.json: there is no such file",
@@ -315,7 +315,7 @@ def test_as_a_user_sees_it(tmp_path):
         (["--epochs", "0"], "argument --epochs: 0 is not in [1, inf]"),
         (["--sample", "--output-dir", "FILE"], "[Errno 20] Not a directory: 'FILE/checkpoints"),
         (["--sample", "--model", "nowhere"], "--model nowhere: "),
-        (["--sample", "--max-length", "20"], "tokens: shorten it, or raise --max-length"),
+        (["--sample", "--max-length", "20"], "tokens: shorten it, raise --max-length, or lower --doc-stride"),
     ],
 )
 def test_each_kind_of_error_is_one_line(tmp_path, options, message):
@@ -580,6 +580,34 @@ def test_threads_follow_a_containers_quota(monkeypatch, tmp_path, quota, threads
     monkeypatch.setattr(baseline, "Path", lambda path: asked.append(path) or tmp_path / "cpu.max")
     assert baseline.default_threads() == threads
     assert asked == ["/sys/fs/cgroup/cpu.max"]
+
+
+def test_the_workers_of_a_node_share_a_containers_quota(monkeypatch, tmp_path):
+    (tmp_path / "cpu.max").write_text("800000 100000\n")
+    monkeypatch.setattr(distributed.torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(distributed, "Path", lambda path: tmp_path / "cpu.max")
+    assert distributed.default_threads() == 8
+    monkeypatch.setattr(distributed, "LOCAL_WORLD_SIZE", 4)
+    assert distributed.default_threads() == 2
+
+
+@pytest.mark.parametrize(
+    ("variables", "name"),
+    [
+        ({"SLURM_JOB_ID": "7"}, "baseline-7"),
+        # A job's script makes one step; so a job that is queued again goes on with the same run.
+        ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}, "baseline-7"),
+        # In an allocation, each start is a run of its own.
+        ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "2"}, "baseline-7.2"),
+    ],
+)
+def test_the_name_of_a_run_in_a_job(monkeypatch, in_process, variables, name):
+    for variable in ("SLURM_JOB_ID", "SLURM_STEP_ID"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr("sys.argv", ["baseline.py"])
+    assert baseline.parse_args().run_name == name
 
 
 def test_threads_without_a_quota(monkeypatch, tmp_path):

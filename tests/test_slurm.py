@@ -28,7 +28,7 @@ BINDING = {"OMP_PROC_BIND": "true", "OMP_PLACES": "{0}", "GOMP_CPU_AFFINITY": "0
 # status of the launchers' own questions; PREPARE, that of --prepare; TRAIN, a command in place of the training.
 STUB = r"""#!/bin/bash
 if [[ $1 == -c && $2 != *distributed.run* ]]; then
-    [[ $2 != *device_count* ]] || echo "${GPUS:-2}"
+    [[ $2 != *device_count* ]] || echo "${GPUS:-2} $(nproc)"
     exit "${CHECK:-0}"
 fi
 bound=${OMP_PROC_BIND:-}${OMP_PLACES:-}${GOMP_CPU_AFFINITY:-}${KMP_AFFINITY:-}

@@ -262,7 +262,7 @@ def start_in_process(monkeypatch, directory, arguments):
     monkeypatch.setattr(signal, "signal", lambda *_: None)
 
 
-RECORD = "schema run_name started resumed workers settings environment seconds throughput memory quality"
+RECORD = "schema run_name started resumed readings workers settings environment seconds throughput memory quality"
 QUALITY = "train_loss dev_loss exact f1 has_answer_exact has_answer_f1 no_answer_accuracy best_f1 best_f1_threshold"
 SECTIONS = {
     "workers": "world_size nodes threads",
@@ -500,6 +500,30 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, infinite, tmp_path, scrip
         run = Run(script, [*data, *infinite], tmp_path, world_size).wait()
         assert run.status == 1 and run.error == f"{script}: {NOT_FINITE}\n"
     assert not (tmp_path / "results/r.json").exists() and not (tmp_path / "checkpoints/r/model").exists()
+
+
+# The last update makes the weights NaN, after the last training loss was computed.
+NAN_AT_THE_END = """
+import torch
+step = torch.optim.AdamW.step
+count = []
+@torch.no_grad()
+def last_step(optimizer):
+    step(optimizer)
+    count.append(1)
+    if len(count) == 2:
+        for group in optimizer.param_groups:
+            for weight in group["params"]:
+                weight.fill_(float("nan"))
+torch.optim.AdamW.step = last_step
+"""
+
+
+@pytest.mark.parametrize(("script", "world_size"), WORLDS)
+def test_weights_that_are_not_finite_in_the_end(arguments, tmp_path, script, world_size):
+    run = Run(script, [*arguments, "--max-steps", 2], tmp_path, world_size, before=NAN_AT_THE_END).wait()
+    assert run.status == 1 and run.error == f"{script}: {NOT_FINITE.replace('step 1', 'step 2')}\n"
+    assert not (tmp_path / "results/r.json").exists()
 
 
 def test_a_loss_that_is_not_finite_under_torchrun(data, infinite, tmp_path):
