@@ -973,6 +973,23 @@ def read_clocks():
     return np.array([time.perf_counter(), time.thread_time()])
 
 
+def make_settings(args, model, train, dev, batches):
+    """Return what is trained, and on what data, for its record: a run resumes only with equal settings.
+
+    If several differ, the first one is named, so options come before the values derived from them.
+    """
+    order = np.concatenate(batches)
+    settings = {"script": SCRIPT, "world_size": 1, "gradients": None}
+    settings.update({name: value for name, value in vars(args).items() if name not in NOT_SETTINGS})
+    settings["parameters"] = sum(weight.numel() for weight in model.parameters())
+    settings["steps"] = len(batches)
+    settings["trained_features"] = len(order)
+    settings["trained_tokens"] = int(train.lengths[order].sum())
+    for name, split in (("train", train), ("dev", dev)):
+        settings.update({f"{name}_{fact}": value for fact, value in split.facts.items()})
+    return settings
+
+
 def describe_environment(args):
     """Return where a run happens, for its record."""
     return {
@@ -1078,19 +1095,8 @@ def main():
     indices = torch.from_numpy(order).to(args.device).split(sizes)
     optimizer = make_optimizer(model, args)
 
-    # What is trained, and on what data: a run resumes only with equal settings. If several differ, the first one is
-    # named, so options come before the values derived from them.
-    settings = {"script": SCRIPT, "world_size": 1, "gradients": None}
-    settings.update({name: value for name, value in vars(args).items() if name not in NOT_SETTINGS})
-    settings.update(
-        model_sha256=model_sha256,
-        parameters=sum(weight.numel() for weight in model.parameters()),
-        steps=steps,
-        trained_features=len(order),
-        trained_tokens=int(train.lengths[order].sum()),
-    )
-    for name, split in (("train", train), ("dev", dev)):
-        settings.update({f"{name}_{fact}": value for fact, value in split.facts.items()})
+    settings = make_settings(args, model, train, dev, batches)
+    settings["model_sha256"] = model_sha256
     log(f"{args.run_name}: {args.model}, {settings['parameters'] / 1e6:.1f} M parameters, {args.precision}")
     log(f"{steps} steps of {max(sizes)} features on {args.device_name}")
     if max(sizes) < args.batch_size:

@@ -308,6 +308,20 @@ def last_line(error):
     return (str(error).strip() or repr(error)).splitlines()[-1]
 
 
+def join_ranks(args):
+    """Wait until all ranks have started, and connect to them."""
+    on_gpu = args.device.type == "cuda"
+    try:
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            timeout=timedelta(minutes=30),  # for a rank that the others wait for
+            device_id=args.device if on_gpu else None,
+        )
+    except RuntimeError as error:
+        advice = "see whether one failed first, and check MASTER_ADDR, NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME"
+        raise ScriptError(f"cannot join the other ranks: {last_line(error)}; {advice}") from error
+
+
 def gather(value):
     """Return the values of all ranks, in their order."""
     values = [None] * WORLD_SIZE
@@ -1068,6 +1082,23 @@ def read_clocks():
     return np.array([time.perf_counter(), time.thread_time()])
 
 
+def make_settings(args, model, train, dev, batches):
+    """Return what is trained, and on what data, for its record: a run resumes only with equal settings.
+
+    If several differ, the first one is named, so options come before the values derived from them.
+    """
+    order = np.concatenate(batches)
+    settings = {"script": SCRIPT, "world_size": WORLD_SIZE}
+    settings.update({name: value for name, value in vars(args).items() if name not in NOT_SETTINGS})
+    settings["parameters"] = sum(weight.numel() for weight in model.parameters())
+    settings["steps"] = len(batches)
+    settings["trained_features"] = len(order)
+    settings["trained_tokens"] = int(train.lengths[order].sum())
+    for name, split in (("train", train), ("dev", dev)):
+        settings.update({f"{name}_{fact}": value for fact, value in split.facts.items()})
+    return settings
+
+
 def describe_environment(args):
     """Return where a run happens, for its record."""
     places = gather((args.device_name, HOST))
@@ -1143,7 +1174,7 @@ COLUMNS = {
 COMPARED = ["base", "speedup", "speedup_range", "end_to_end_speedup", "serial_fraction", "useful", "other", "remark"]
 # The parts of the workers' time, shares that add up to 1; in the figure, their hatches.
 PARTS = {"useful": "", "exchange": "/////", "waiting": ".....", "preempted": "xxxxx", "other": "-----"}
-REPEAT = """to repeat runs, with the options that they had:
+REPEAT = """to repeat runs, on an idle machine, with the options that they had:
   for n in 1 2 3; do bash run_baseline.sh OPTIONS; bash run_ddp.sh OPTIONS; done
   sbatch --array=1-3 run_baseline.sh OPTIONS; sbatch --array=1-3 run_ddp.sh OPTIONS  # with Slurm"""
 # Equal runs differed by up to 2 % on an idle machine: to be on the safe side, no loss below this share needs a cause.
@@ -1314,16 +1345,16 @@ def describe_cause(cause, row, base, mode):
         text = "lost to other programs, or other workers, on the same cores, beyond what they took from the baseline"
         return f"{text}; see what else runs (top), and whether two workers are bound to one core (taskset)"
     # This loss is inferred, not measured: in a single run, it may be chance.
-    repeat = ""
+    caveat = ""
     if min(row.n, base.n) == 1:
-        repeat = "; one run is not enough: repeat it and its baseline on an idle machine before you look for a cause"
+        caveat = "; one run each is not enough to look for a cause"
     # If the host waits less than half a step for the GPU at a reading, then the GPU has been waiting for the host.
     if row.nccl is not None and row.device_wait / row.readings < row.train / row.steps / 2:
         text = "lost while the GPU waits for its host; give the GPU more per step: a larger batch per worker, also"
-        return f"{text} in the baseline, and no --compile, which costs the host more{repeat}"
+        return f"{text} in the baseline, and no --compile, which costs the host more{caveat}"
     text = "not explained by what a run measures"
-    if repeat:
-        return text + repeat
+    if caveat:
+        return text + caveat
     text += "; likely, it is DDP's own work"
     if row.nccl is None and mode != "one worker":
         text += ", or what workers share (caches, memory, power), as two baselines side by side would show"
@@ -1541,35 +1572,15 @@ def main():
     indices = torch.from_numpy(order).to(args.device).split(sizes)
     optimizer = make_optimizer(model, args)
 
-    # What is trained, and on what data: a run resumes only with equal settings. If several differ, the first one is
-    # named, so options come before the values derived from them.
-    settings = {"script": SCRIPT, "world_size": WORLD_SIZE}
-    settings.update({name: value for name, value in vars(args).items() if name not in NOT_SETTINGS})
-    settings.update(
-        model_sha256=model_sha256,
-        parameters=sum(weight.numel() for weight in model.parameters()),
-        steps=steps,
-        trained_features=len(order),
-        trained_tokens=int(train.lengths[order].sum()),
-    )
-    for name, split in (("train", train), ("dev", dev)):
-        settings.update({f"{name}_{fact}": value for fact, value in split.facts.items()})
+    settings = make_settings(args, model, train, dev, batches)
+    settings["model_sha256"] = model_sha256
     log(f"{args.run_name}: {args.model}, {settings['parameters'] / 1e6:.1f} M parameters, {args.precision}")
     log(f"{steps} steps of {max(sizes)} features on {WORLD_SIZE} x {args.device_name}")
     if max(sizes) < args.batch_size:
         log(f"--batch-size {args.batch_size}: there are fewer features, so each step trains on all of them")
 
     # Join the other ranks. All have the same weights, and BERT's buffers never change: only gradients are exchanged.
-    on_gpu = args.device.type == "cuda"
-    try:
-        dist.init_process_group(
-            "nccl" if on_gpu else "gloo",
-            timeout=timedelta(minutes=30),  # for a rank that the others wait for
-            device_id=args.device if on_gpu else None,
-        )
-    except RuntimeError as error:
-        advice = "see whether one failed first, and check MASTER_ADDR, NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME"
-        raise ScriptError(f"cannot join the other ranks: {last_line(error)}; {advice}") from error
+    join_ranks(args)
     # optimize_ddp would split graphs where buckets end; the layers are compiled one by one already.
     torch._dynamo.config.optimize_ddp = False
     # Torch 2.13 has a new name for broadcast_buffers, which older versions do not know.

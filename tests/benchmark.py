@@ -124,7 +124,7 @@ RATIOS = {
     ],
     "memory": [],
     "device": [],
-    "network": [(f"speedup, {name}", "tokens_per_s", name, "baseline", 1) for name in OVER_LINKS],
+    "network": [],  # the scripts' own report says the speedup
 }
 
 
@@ -283,8 +283,7 @@ def report_links(figures, records, keep):
     for link in RATES:
         rows = {}
         for name in (name for name in OVER_LINKS if name.startswith(link)):
-            rows[name] = {"speedup": show(figures["ratios"][f"speedup, {name}"])}
-            rows[name] |= {column: show(figures["measures"][name].get(column)) for column in columns}
+            rows[name] = {column: show(figures["measures"][name].get(column)) for column in columns}
         command = [sys.executable, ROOT / "distributed.py", "--report", "--output-dir", link]
         report = subprocess.run(command, cwd=records, check=True, stdout=subprocess.PIPE, text=True).stdout
         text = f"{pd.DataFrame(rows).T.to_string()}\n\n{report}"
@@ -292,7 +291,7 @@ def report_links(figures, records, keep):
         (records / link / "report.txt").write_text(text)
         if keep:
             shutil.rmtree(keep / link, ignore_errors=True)
-            shutil.copytree(records / link, keep / link, ignore=shutil.ignore_patterns("logs", "checkpoints"))
+            shutil.copytree(records / link, keep / link, ignore=shutil.ignore_patterns("logs", "checkpoints", ".*"))
 
 
 # what is measured without the scripts ---------------------------------------------------------------------------------

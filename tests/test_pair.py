@@ -20,11 +20,12 @@ DIFFER = {
     "save_checkpoint": "only rank 0 writes",
     "Board": "only rank 0 writes",
     "train_step": "the weight of a rank's share; one exchange in a step",
+    "make_settings": "the number of ranks",
     "describe_environment": "all devices and hosts",
     "make_record": "the largest times of all ranks",
     "main": "joining and leaving the group, wrapping in DDP, agreeing on when to stop, the report",
 }
-ADDED = ["last_line", "gather", "ExchangeTimer"]  # and the section on scaling
+ADDED = ["last_line", "join_ranks", "gather", "ExchangeTimer"]  # and the section on scaling
 SECTIONS = ["options", "device", "data", "model", "evaluation", "checkpoints", "training"]
 
 

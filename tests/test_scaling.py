@@ -53,7 +53,7 @@ RECORD = {
 SECTIONS = ["workers", "settings", "environment", "seconds", "quality"]
 GPU = {"device": "NVIDIA H200", "nccl": "2.28.9", "cpu": 0.0, "readings": 2}
 PARTS = ["useful", "exchange", "waiting", "preempted", "other"]
-ONCE = "one run is not enough: repeat it and its baseline on an idle machine before you look for a cause"
+ONCE = "one run each is not enough to look for a cause"
 
 
 def change(made, **values):
