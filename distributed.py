@@ -966,14 +966,17 @@ def requeue(by_hand):
         job = "{SLURM_ARRAY_JOB_ID}_{SLURM_ARRAY_TASK_ID}".format(**os.environ)
     try:
         # Requeuing would also revive a job that has just been canceled.
-        state = subprocess.check_output(["squeue", "--noheader", "--format=%T", f"--jobs={job}"], text=True)
-        if state.strip() != "RUNNING":
+        command = ["squeue", "--noheader", "--format=%T", f"--jobs={job}"]
+        state = subprocess.run(command, check=True, capture_output=True, text=True)
+        if state.stdout.strip() != "RUNNING":
             return by_hand
         # Slurm ends the processes of a requeued job, perhaps before scontrol returns.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        subprocess.run(["scontrol", "requeue", job], check=True)
+        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        return f"job {job} cannot be requeued ({error}); {by_hand}"
+        # Slurm's own words, if it has answered.
+        reason = getattr(error, "stderr", None) or str(error)
+        return f"job {job} cannot be requeued ({reason.splitlines()[-1]}); {by_hand}"
     return f"job {job} has been requeued"
 
 

@@ -275,7 +275,7 @@ def slurm(tmp_path):
     """Return the variables of a job whose `scontrol` notes how it is called, and what lies in the run's directory."""
     tools = tmp_path / "tools"
     tools.mkdir()
-    script = '#!/bin/sh\necho "$@:" $(ls -A checkpoints/r) >> calls\ntest ! -e refuse\n'
+    script = '#!/bin/sh\necho "$@:" $(ls -A checkpoints/r) >> calls\ntest ! -e refuse || { echo "Requeue is off" >&2; exit 1; }\n'
     (tools / "scontrol").write_text(script)
     (tools / "scontrol").chmod(0o755)
     (tools / "squeue").write_text("#!/bin/sh\ncat state\n")
@@ -327,6 +327,8 @@ def test_usr1_says_how_to_go_on_where_the_job_cannot_be_queued(arguments, slurm,
     assert (outcome == BY_HAND) == (case == "no job")
     assert outcome.startswith("job 7 cannot be requeued (") or case == "no job"
     assert len(calls(tmp_path)) == (case == "scontrol refuses")
+    # In Slurm's own words.
+    assert ("(Requeue is off)" in outcome) == (case == "scontrol refuses")
 
 
 @pytest.mark.parametrize(("script", "world_size"), WORLDS)
