@@ -275,8 +275,9 @@ def slurm(tmp_path):
     """Return the variables of a job whose `scontrol` notes how it is called, and what lies in the run's directory."""
     tools = tmp_path / "tools"
     tools.mkdir()
-    script = '#!/bin/sh\necho "$@:" $(ls -A checkpoints/r) >> calls\ntest ! -e refuse || { echo "Requeue is off" >&2; exit 1; }\n'
-    (tools / "scontrol").write_text(script)
+    note = 'echo "$@:" $(ls -A checkpoints/r) >> calls'
+    refuse = 'test ! -e refuse || { echo "Requeue is off" >&2; exit 1; }'
+    (tools / "scontrol").write_text(f"#!/bin/sh\n{note}\n{refuse}\n")
     (tools / "scontrol").chmod(0o755)
     (tools / "squeue").write_text("#!/bin/sh\ncat state\n")
     (tools / "squeue").chmod(0o755)
