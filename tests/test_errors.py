@@ -363,17 +363,6 @@ def test_each_rank_prints_its_error_with_its_name(tmp_path, squad, options, mess
     assert not list(tmp_path.glob("results/*"))
 
 
-def test_under_torchrun(tmp_path):
-    """The script's own lines; what torchrun adds of its own is torchrun's."""
-    process = run_script("distributed.py", ["--sample", "--max-length", "1000"], tmp_path, world_size=2)
-    assert process.returncode != 0
-    lines = [line for line in process.stderr.splitlines() if line.startswith("distributed.py: ")]
-    assert 1 <= len(lines) <= 2
-    assert all("error: --model " in line and "--max-length 1000 is above its limit of 512" in line for line in lines)
-    assert "[rank" not in process.stderr  # no traceback of a rank
-    assert not list(tmp_path.glob("results/*"))
-
-
 def test_an_error_of_one_rank_ends_all(tmp_path, squad):
     """The second rank alone cannot make its data, as on a node with a full disk: it is named, with its host."""
     (tmp_path / "FILE").write_text("in place of the directory")

@@ -21,6 +21,7 @@ def answerable(source, count, path):
     return str(path)
 
 
+@pytest.mark.alone  # it trains with two threads
 @pytest.mark.skipif(os.environ.get("SQUAD_LONG") != "1", reason="SQUAD_LONG=1 switches on training for ten minutes")
 def test_the_encoder_learns(squad_folder, tmp_path):
     files = ["--train-file", answerable(squad_folder / "train-v2.0-subset.json.gz", 4000, tmp_path / "train.json")]

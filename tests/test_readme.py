@@ -3,11 +3,11 @@
 import re
 import shutil
 import subprocess
-import sys
 
 import transformers
 
 from conftest import ROOT, TINY, write_model
+from ranks import run_ranks
 
 README = (ROOT / "README.md").read_text()
 
@@ -20,12 +20,9 @@ def test_the_trained_model_can_be_asked(tmp_path):
     asked = "output = model(**inputs)"
     assert code.count(asked) == 1
     chosen = f"{asked}\noutput.start_logits[0, 12], output.end_logits[0, 12] = 99, 99"
-    process = subprocess.run(
-        [sys.executable, "-c", code.replace(asked, chosen)], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert process.returncode == 0, process.stderr
+    (tmp_path / "ask.py").write_text(code.replace(asked, chosen))
     # [CLS] where does the tower stand ? [SEP] the tower stands in paris . [SEP]
-    assert process.stdout == "paris\n"
+    assert run_ranks(tmp_path / "ask.py", [], tmp_path).output == "paris\n"
 
 
 def test_the_diff_without_the_report_is_short_and_keeps_main():

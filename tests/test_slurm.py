@@ -17,6 +17,7 @@ import pytest
 import slurm
 from conftest import ENCODER, ROOT, TINY, cut_sample, read_scalars, write_model
 
+pytestmark = pytest.mark.alone  # there can be one toy cluster
 LAUNCHERS = {"run_baseline.sh": "baseline.py", "run_ddp.sh": "distributed.py"}
 CHOICES = ["PYTHON", "TRAIN_PYTHON", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "MASTER_ADDR", "MASTER_PORT"]
 CHOICES += ["OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE"]
