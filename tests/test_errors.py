@@ -401,7 +401,11 @@ def test_out_of_memory(tmp_path, script, world_size):
     run = run_to_the_end(f"{script}.py", arguments, tmp_path, world_size, before=LIMIT)
     lines = lines_of(run.error, script)
     assert run.statuses == [2] * len(lines) and len(lines) == (world_size or 1)
-    assert all(line.endswith("error: out of memory: set a lower --micro-batch-size") for line in lines)
+    messages = [line.partition("error: ")[2] for line in lines]
+    advice = "out of memory: set a lower --micro-batch-size"
+    # A rank that comes later may find the other one gone before it runs out of memory, too.
+    assert advice in messages
+    assert all(message == advice or message.startswith("lost the connection to another") for message in messages)
 
 
 # Warnings of libraries and of torch, in a step of the training.
