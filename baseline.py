@@ -4,7 +4,7 @@
     sbatch run_baseline.sh              two epochs of SQuAD 2.0 on one GPU
     python baseline.py --train-file train.json --dev-file dev.json
 
-distributed.py is this script with DistributedDataParallel; `diff baseline.py distributed.py` shows what changes.
+distributed.py is this script with DistributedDataParallel; README.md says how to read what changes.
 """
 
 import time
@@ -1250,4 +1250,4 @@ if __name__ == "__main__":
             fail("out of memory: set a lower --micro-batch-size")
         raise
     except KeyboardInterrupt:
-        fail("interrupted", 130)
+        fail("interrupted without saving a checkpoint; SIGTERM saves one", 130)

@@ -5,7 +5,7 @@
     torchrun --nproc-per-node=2 distributed.py --train-file train.json --dev-file dev.json
     python distributed.py --report                the scaling tables of all runs so far
 
-`diff baseline.py distributed.py` shows what changes.
+README.md says how to read what changes.
 """
 
 import time
@@ -1166,11 +1166,11 @@ TIMES = ["train", "exchange", "waiting", "cpu", "device_wait", "data", "total"]
 SCORES = ["train_loss", "dev_loss", "exact", "f1", "best_f1", "best_span_f1"]
 # The columns of a table: the key in speedup.json, the heading, the format.
 COLUMNS = {
-    "nodes": ("nodes", "{}"), "batch_size": ("batch", "{}"), "n": ("n", "{}"), "train": ("train s", "{:.1f}"),
-    "train_range": ("range s", "{0[0]:.1f}-{0[1]:.1f}"), "features_per_s": ("feat./s", "{:.1f}"),
-    "speedup": ("speedup", "{:.2f}"), "useful": ("eff.", "{:.0%}"), "exchange": ("exch.", "{:.0%}"),
-    "waiting": ("wait", "{:.0%}"), "preempted": ("preempted", "{:.0%}"), "other": ("other", "{:.0%}"),
-    "f1": ("F1", "{:.1f}"), "best_span_f1": ("span F1", "{:.1f}"),
+    "mode": ("mode", "{}"), "world_size": ("workers", "{}"), "nodes": ("nodes", "{}"), "batch_size": ("batch", "{}"),
+    "n": ("n", "{}"), "train": ("train s", "{:.1f}"), "train_range": ("range s", "{0[0]:.1f}-{0[1]:.1f}"),
+    "features_per_s": ("feat./s", "{:.1f}"), "speedup": ("speedup", "{:.2f}"), "useful": ("eff.", "{:.0%}"),
+    "exchange": ("exch.", "{:.0%}"), "waiting": ("wait", "{:.0%}"), "preempted": ("preempted", "{:.0%}"),
+    "other": ("other", "{:.0%}"), "f1": ("F1", "{:.1f}"), "best_span_f1": ("span F1", "{:.1f}"),
     **{name: (name, "{}") for name in MAY_VARY},
 }  # fmt: skip
 # What a row has only where its table has a baseline.
@@ -1306,6 +1306,8 @@ def explain(row, base, mode):
     if row.useful > 1 + SCATTER:
         text = "efficiency above 100%; likely causes: chance, a baseline that another --micro-batch-size speeds up,"
         return f"{text} shares of the batch that fit a cache, or other programs that slowed down the baseline"
+    if base.lost_cpu > 0:
+        return "the baseline was slowed down by other programs; repeat both before you look for a cause"
     lost = {part: getattr(row, part) for part in PARTS if part != "useful"}
     cause = max(lost, key=lost.get)
     # Ranks that lose their cores at different times wait for each other, and find their caches cold.
@@ -1390,8 +1392,7 @@ def print_table(table):
         is_nothing = set(cells) in ({"1"}, {"-"}, {"0%"}) and name in ("nodes", "train_range", "preempted")
         if not is_same and not is_nothing and name != ("f1" if table["sample"].any() else "best_span_f1"):
             shown[heading] = cells
-    shown.index = table["label"]
-    print(shown.rename_axis(columns="mode, workers").rename_axis(index=None).to_string(line_width=100))
+    print(shown.to_string(index=False, line_width=100))
 
 
 def draw(table):
@@ -1433,9 +1434,9 @@ def draw(table):
         bottom.barh(table.index, share, left=start, color=color, hatch=hatch, ec="k", linewidth=0.5, label=part)
         left += share.clip(0)
     bottom.axvline(1, color="k", linewidth=0.8)
-    names = table["label"]
+    names = table["mode"] + ", " + table["world_size"].map(str)
     if table["nodes"].nunique() > 1:
-        names = names + " on " + table["nodes"].map(str)
+        names += " on " + table["nodes"].map(str)
     bottom.set_yticks(table.index, names)
     bottom.invert_yaxis()
     bottom.set_xlabel("share of the workers' time")
@@ -1456,7 +1457,6 @@ def make_table(runs, number):
             compare(row, baselines)
     table = pd.DataFrame([vars(row) for row in rows], dtype=object)
     table["table"] = number
-    table["label"] = table["mode"] + ", " + table["world_size"].map(str)
     return table.sort_values(["script", "mode", "batch_size", "world_size", "nodes"], ignore_index=True)
 
 
@@ -1483,10 +1483,11 @@ def report(args):
         print_table(table)
         varying = [name for name in MAY_VARY if table[name].map(str).nunique() > 1]
         for _, row in table[table["remark"].notna()].iterrows():
-            settings = [f"{COLUMNS[name][0]} {row[name]}" for name in ["nodes", "batch_size", *varying]]
-            say(f"{row['mode']}, workers {row['world_size']}, {', '.join(settings)}: {row['remark']}")
+            settings = [f"{COLUMNS[name][0]} {row[name]}" for name in ["world_size", "nodes", "batch_size", *varying]]
+            say(f"{row['mode']}, {', '.join(settings)}: {row['remark']}")
         if table["base"].isna().all():
-            say("no speedup without a baseline of the same work (with --max-steps: the same batches); make one")
+            text = "no speedup without a baseline of the same work; make one with run_baseline.sh"
+            say(f"{text} (under --max-steps of the same --batch-size: weak scaling needs whole epochs)")
             differences = [list_differences(same_work.iloc[0], base) for _, base in baselines.iterrows()]
             if differences:
                 say(f"the nearest baseline differs in {', '.join(min(differences, key=len))}")
@@ -1504,7 +1505,7 @@ def report(args):
     if (rows["n"] == 1).any():
         print(REPEAT)
     # results/README.md describes the keys.
-    keys = ["table", "run_name", "mode", "world_size", "gradients", "steps", "total", "worker_hours", "lost_cpu"]
+    keys = ["table", "run_name", "gradients", "steps", "total", "worker_hours", "lost_cpu"]
     keys = dict.fromkeys([*keys, *COLUMNS, *COMPARED, *SCORES])
     write(results / "speedup.json", json.loads(rows[list(keys)].to_json(orient="records")))
     lock.release()
@@ -1774,4 +1775,4 @@ if __name__ == "__main__":
             fail("out of memory: set a lower --micro-batch-size")
         raise
     except KeyboardInterrupt:
-        fail("interrupted", 130)
+        fail("interrupted without saving a checkpoint; SIGTERM saves one", 130)

@@ -183,7 +183,12 @@ def cluster():
     """Boot a cluster, give the environment for Slurm's commands, and shut it down whatever happens meanwhile."""
     with contextlib.ExitStack() as stack:
         lock = stack.enter_context(open(Path(tempfile.gettempdir()) / "toy-slurm.lock", "w"))
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two clusters at once would share the line in /etc/hosts
+        # Two clusters at once would share the line in /etc/hosts.
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("waiting for the end of another toy cluster", file=sys.stderr, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="toy-slurm-")))
         directory.chmod(0o755)
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}

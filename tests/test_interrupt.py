@@ -227,7 +227,7 @@ def test_ctrl_c_is_one_line(endless, tmp_path, script, world_size):
         time.sleep(chance.random() / 5)
         run.send(signal.SIGINT)
         run.wait(PATIENCE)
-        assert run.error == f"{script}: error: interrupted\n"
+        assert run.error == f"{script}: error: interrupted without saving a checkpoint; SIGTERM saves one\n"
         assert set(run.statuses) == {130}
 
 
