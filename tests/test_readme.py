@@ -27,7 +27,7 @@ def test_the_trained_model_can_be_asked(tmp_path):
 
 def test_the_diff_without_the_report_is_short_and_keeps_main():
     assert shutil.which("bash")
-    (command,) = re.findall(r"^diff -U0 -p baseline.py <.*$", README, re.MULTILINE)
+    (command,) = re.findall(r"^diff -U1 -p baseline.py <.*$", README, re.MULTILINE)
     process = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 1 and process.stderr == ""
     assert "DistributedDataParallel(" in process.stdout and "Karp" not in process.stdout
