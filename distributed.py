@@ -1303,11 +1303,11 @@ def compare(row, baselines):
 
 def explain(row, base, mode):
     """Return a sentence on what a row loses most time to, or why that is unclear; None if it loses too little."""
+    if base.lost_cpu > 0:
+        return "the baseline was slowed down by other programs; repeat both before you look for a cause"
     if row.useful > 1 + SCATTER:
         text = "efficiency above 100%; likely causes: chance, a baseline that another --micro-batch-size speeds up,"
         return f"{text} shares of the batch that fit a cache, or other programs that slowed down the baseline"
-    if base.lost_cpu > 0:
-        return "the baseline was slowed down by other programs; repeat both before you look for a cause"
     lost = {part: getattr(row, part) for part in PARTS if part != "useful"}
     cause = max(lost, key=lost.get)
     # Ranks that lose their cores at different times wait for each other, and find their caches cold.
