@@ -1463,14 +1463,14 @@ def make_table(runs, number):
 def report(args):
     """Print a table for each kind of work in --output-dir; write speedup.json and the figures beside the records."""
     results = Path(args.output_dir, "results")
+    # Jobs that end together report one after the other, so that the last report has the records of all.
+    lock = filelock.FileLock(results / ".report.lock")
+    lock.acquire()
     runs = read_records(results)
     baselines = runs[runs["script"] == "baseline"]
     # What was done, and what tells the tables apart.
     heading = ["model", "precision", "device", "train_file", "trained_features"]
     heading += [READ_FROM.get(name, name) for name in SAME_WORK if runs[name].map(str).nunique() > 1]
-    # Jobs that end together report one after the other.
-    lock = filelock.FileLock(results / ".report.lock")
-    lock.acquire()
     # Remove old figures: the tables may have new numbers.
     for path in results.glob("speedup-*"):
         path.unlink()
