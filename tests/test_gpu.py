@@ -1,6 +1,7 @@
 """What only a GPU shows; skipped where there is none."""
 
 import json
+import os
 import shutil
 import subprocess
 
@@ -124,6 +125,48 @@ def test_training_waits_for_the_gpu_only_to_read_losses(tmp_path, script, world_
     ask_driver("name")
     (tmp_path / "watched.py").write_text(WATCH.format(script=script, steps=STEPS))
     arguments = ["--sample", "--max-steps", STEPS, "--epochs", 1]
-    environment = {"CUDA_VISIBLE_DEVICES": GPUS, "PYTHONPATH": str(ROOT)}
+    environment = {"CUDA_VISIBLE_DEVICES": GPUS, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     process = run_script(tmp_path / "watched.py", arguments, tmp_path, world_size, environment)
     assert process.returncode == 0, process.stderr
+
+
+# Slurm warns a run, here in its 27th step: the first three are the warm-up's.
+WARN = """
+import os, signal, {script} as script
+train_step, count = script.train_step, 0
+
+def warned_train_step(*given):
+    global count
+    count += 1
+    if count == 30:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    return train_step(*given)
+
+script.train_step = warned_train_step
+try:
+    script.main()
+except script.ScriptError as error:
+    script.fail(error, error.status)
+"""
+
+
+@pytest.mark.parametrize(("script", "world_size"), [("baseline", None), ("distributed", 1)])
+def test_a_warned_run_goes_on_and_ends_like_one_left_alone(tmp_path, monkeypatch, script, world_size):
+    """The losses are read every 20 steps on a GPU, so the run saves after step 40."""
+    ask_driver("name")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)  # or it would requeue the job that these tests run in
+    (tmp_path / "warned.py").write_text(WARN.format(script=script))
+    (tmp_path / "alone").mkdir()
+    arguments = ["--sample", "--max-steps", 60, "--dropout", 0.1, "--precision", "fp32", "--run-name", "r"]
+    environment = {"CUDA_VISIBLE_DEVICES": GPUS, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    run_options = [(f"{script}.py", tmp_path / "alone"), (tmp_path / "warned.py", tmp_path), (f"{script}.py", tmp_path)]
+    runs = [run_script(name, arguments, directory, world_size, environment) for name, directory in run_options]
+    alone, warned, resumed = runs
+    assert alone.returncode == 0, alone.stderr
+    assert "stopped as asked after step 40; resume with the same command" in warned.stderr
+    assert resumed.returncode == 0, resumed.stderr
+    record = json.loads((tmp_path / "results/r.json").read_text())
+    assert record["resumed"] == 1
+    losses = read_scalars(tmp_path / "logs/r")["loss/train"]
+    assert len(losses) == 60
+    assert losses == pytest.approx(read_scalars(tmp_path / "alone/logs/r")["loss/train"], rel=1e-2)
