@@ -1409,11 +1409,8 @@ def draw(table):
     most = table["world_size"].max()
     top.plot([1, most], [1, most], "k--", linewidth=0.8, label="ideal")
     top.axhline(1, color="k", linestyle=":", linewidth=0.8, label="the baseline's speed")
-    modes = list(table[table["script"] != "baseline"].groupby("mode"))
-    for number, (mode, points) in enumerate(modes):
-        # Shift the modes a little sideways, so that none hides another.
-        shift = 1.08 ** (number - (len(modes) - 1) / 2)
-        workers = shift * points["world_size"].to_numpy(float)
+    for number, (mode, points) in enumerate(table[table["script"] != "baseline"].groupby("mode")):
+        workers = points["world_size"].to_numpy(float)
         speedup = points["speedup"].to_numpy(float)
         low, high = np.array([ends or [math.nan, math.nan] for ends in points["speedup_range"]]).T
         marker = "k" + "os^vDPX*d"[number]

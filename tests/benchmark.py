@@ -342,10 +342,13 @@ def measure_here(contestant, records, script="baseline", settings=None, **option
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    environment = ONE_RANK if script == "distributed" else {}
-    with tempfile.TemporaryDirectory() as directory, unittest.mock.patch.dict(os.environ, environment):
+    with tempfile.TemporaryDirectory() as directory:
         arguments = to_arguments({"run_name": "run"} | options | {"output_dir": directory})
-        with unittest.mock.patch("sys.argv", [script, *arguments]):
+        with (
+            unittest.mock.patch.dict(os.environ, ONE_RANK if script == "distributed" else {}),
+            unittest.mock.patch("sys.argv", [script, *arguments]),
+            unittest.mock.patch("signal.signal"),  # SIGTERM shall end this process, not make a run save
+        ):
             importlib.import_module(script).main()
         record = json.loads(Path(directory, "results/run.json").read_text())
     names = {"model": "BERT-base", "train_file": Path(options["train_file"]).name}
@@ -354,7 +357,10 @@ def measure_here(contestant, records, script="baseline", settings=None, **option
 
 
 def measure_compiled_as_a_whole(*contestant, **options):
-    """Like measure_here(), but compile the whole model at once, where --compile compiles layer by layer."""
+    """Like measure_here(), but compile the whole model at once, where --compile compiles layer by layer.
+
+    The evaluation, which is not timed, is not compiled: that took longer than all the rest.
+    """
 
     def load_and_compile(args):
         tokenizer, model, sha256 = load_model(args)
@@ -362,13 +368,17 @@ def measure_compiled_as_a_whole(*contestant, **options):
         model.compile(dynamic=True)
         return tokenizer, model, sha256
 
-    load_model = baseline.load_model
-    with unittest.mock.patch.object(baseline, "load_model", load_and_compile):
+    load_model, evaluate = baseline.load_model, torch.compiler.set_stance("force_eager")(baseline.evaluate)
+    with unittest.mock.patch.multiple(baseline, load_model=load_and_compile, evaluate=evaluate):
         return measure_here(*contestant, settings={"compile": "as a whole"}, **options)
 
 
-def list_kernels(records, **options):
-    """Write the kernels that a step runs, with their times, as means of 20 steps; the profiler makes them slower."""
+def list_kernels(records, options):
+    """Write the kernels that a step runs, with their times, as means of 20 steps.
+
+    To be called in a process of its own: the profiler may make steps slower even when it has ended.
+    """
+    os.environ["CUDA_VISIBLE_DEVICES"] = GPUS  # conftest has hidden them
     active = 20
     steps = torch.profiler.schedule(wait=40, warmup=2, active=active, repeat=1)
     device = torch.profiler.ProfilerActivity.CUDA
@@ -380,13 +390,14 @@ def list_kernels(records, **options):
 
         train_step = baseline.train_step
         with unittest.mock.patch.object(baseline, "train_step", noted_train_step):
-            measure_here("profiled", records, **options | {"max_steps": 80})
+            measure_here("profiled", records, **options | {"max_steps": 70})
     (records / "device/results/profiled-1.json").unlink()
     kernels = sorted(profiler.key_averages(), key=lambda kernel: -kernel.self_device_time_total)
     lines = ["ms per step, calls per step, kernel"]
     for kernel in kernels:
         ms, calls = kernel.self_device_time_total / 1000 / active, kernel.count / active
-        lines.append(f"{ms:8.3f} {calls:7.1f}  {kernel.key[:200]}")
+        if ms > 0:
+            lines.append(f"{ms:8.3f} {calls:7.1f}  {kernel.key[:100]}")
     (records / "device/kernels.txt").write_text("\n".join(lines) + "\n")
 
 
@@ -655,7 +666,7 @@ def contestants_of_device(options, settings, directory):
             train_with_trainer, recipe, drawn, options.threads, options.steps, on_gpu
         )
     if on_gpu:
-        list_kernels(records, **settings)
+        in_new_process(list_kernels, records, settings)
     return contestants
 
 
