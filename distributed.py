@@ -1295,7 +1295,7 @@ def compare(row, baselines):
     row.preempted = max(0.0, row.lost_cpu - base.lost_cpu * row.useful)
     row.other = 1 - row.useful - row.exchange - row.waiting - row.preempted
     if row.script != "baseline":
-        row.mode = f"{mode} bf16" if row.gradients == "bf16" else mode
+        row.mode = mode
         row.remark = explain(row, base, mode)
     elif row.lost_cpu > 0:
         row.remark = f"{row.lost_cpu:.0%} of the time was lost to other programs, so speedups are too high; repeat it"
@@ -1455,6 +1455,9 @@ def make_table(runs, number):
     if baselines:
         for row in rows:
             compare(row, baselines)
+    for row in rows:
+        if row.gradients == "bf16":
+            row.mode += " bf16"
     table = pd.DataFrame([vars(row) for row in rows], dtype=object)
     table["table"] = number
     return table.sort_values(["script", "mode", "batch_size", "world_size", "nodes"], ignore_index=True)

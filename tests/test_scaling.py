@@ -279,6 +279,11 @@ def test_every_kind_of_other_work_is_tested():
     assert {*OTHER_WORK, "cpu_threads", "trained_features", "trained_tokens"} == {*distributed.SAME_WORK, "threads"}
 
 
+def test_rows_without_a_baseline_still_tell_their_gradients(report):
+    made = report(record("p", 4, 250), record("q", 4, 200, gradients="bf16"))
+    assert (made.of["p"]["mode"], made.of["q"]["mode"]) == ("distributed", "distributed bf16")
+
+
 @pytest.mark.parametrize("name", OTHER_WORK)
 def test_other_work_is_another_table_without_ratios(report, name):
     made = report(record("base"), record("p", 4, 250, **{name: OTHER_WORK[name]}))
