@@ -13,10 +13,10 @@ The parts:
     data       reading and tokenizing, the second start, decoding and scoring the whole dev set
     growth     time and memory of few steps and of a whole epoch, with a tiny model
     memory     the peak beside what weights, gradients, optimizer and activations add up to
-    workers    an epoch of some of the sample's questions by 1, 2, 4, 8 and 16 workers of one thread, as far as there
-               are cores: strong scaling and weak
-    device     BERT-base's sizes on a GPU: not compiled, compiled by layers as --compile does, and as a whole, with two
-               batch sizes; in tf32; DDP with one worker; the Trainer; and which kernels a step runs
+    workers    an epoch of the sample by the baseline and by 2, 4, 8 and 16 workers of one thread, as far as there are
+               cores: strong scaling and weak
+    device     BERT-base's sizes on a GPU with 40 GB: not compiled, compiled by layers as --compile does, and as a
+               whole, with two batch sizes; in tf32; DDP with one worker; the Trainer; and the kernels of a step
     network    an epoch of some of the sample's questions by two workers in network namespaces, joined by a link that
                is not shaped, and by slow ones
 
@@ -42,7 +42,7 @@ def build_parser():
     add("--train-file", type=Path, help="SQuAD questions (default: the sample; for growth and device the dev set)")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of a process, but 1 on the sample")
     add("--output", type=Path, default=Path("benchmark.json"), metavar="FILE")
-    add("--keep", type=Path, metavar="DIR", help="keep the records and reports of workers, device and network here")
+    add("--keep", type=Path, metavar="DIR", help="keep the records of workers, device and network here")
     return parser
 
 
@@ -53,7 +53,6 @@ import concurrent.futures
 import contextlib
 import functools
 import gc
-import importlib
 import json
 import logging
 import multiprocessing
@@ -76,17 +75,19 @@ from conftest import DEV_SET, ENCODER, GPUS, ROOT, TINY, cut_sample, start_scrip
 from ranks import run_ranks
 
 # isort: split
-import baseline  # conftest makes it importable
+import baseline  # conftest makes them importable
+import distributed
 
 SAMPLE = {"sample": True, "epochs": 1}
 OVER_NETWORK = {"train": 120, "dev": 40}  # questions of the sample, at least
-BY_WORKERS = {"train": 480, "dev": 20}
+BY_WORKERS = {"train": 720, "dev": 20}
 PARTS_OF_SAMPLE = {f"{split}_file": f"part of sample/{split}.json" for split in OVER_NETWORK}
 MICRO_BATCH = 6  # of the scripts on a CPU, and of the Trainer's last recipe
 DEV = ROOT / "sample/dev.json"
 COMMON = {"model": ENCODER, "epochs": 1, "precision": "fp32", "micro_batch_size": MICRO_BATCH, "dev_file": DEV}
 # The Trainer as it comes; with batches of like length; and with these in micro-batches, too.
 RECIPES = ("plain", "grouped", "grouped, in micro-batches")
+ONE_GPU = GPUS.split(",")[0]  # for CUDA_VISIBLE_DEVICES, which conftest empties
 RATES = {"unshaped": None, "1gbit": 1e9, "200mbit": 200e6}  # of a link, bit/s
 # What torchrun would tell the only rank of a run.
 ONE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "GROUP_WORLD_SIZE": "1"}
@@ -138,7 +139,11 @@ RATIOS = {
 
 def to_arguments(options):
     """Return the command line of options: {name: value, True for a flag, None or False for none}."""
-    given = {f"--{name.replace('_', '-')}": value for name, value in options.items() if value not in (None, False)}
+    given = {
+        f"--{name.replace('_', '-')}": value
+        for name, value in options.items()
+        if value is not None and value is not False
+    }
     return [word for name, value in given.items() for word in ([name] if value is True else [name, str(value)])]
 
 
@@ -179,14 +184,12 @@ def measures_of(record):
         "peak_mb": record["memory"]["peak_bytes"] / 1e6,
         "train_loss": record["quality"]["train_loss"],
     }
-    parts = []
-    if record["environment"]["nccl"]:
+    if record["environment"]["nccl"]:  # on a GPU only
         measures["ms_per_step"] = 1000 * seconds["train"] / settings["steps"]
         measures["device_wait_ms_per_reading"] = 1000 * seconds["device_wait"] / record["readings"]
     if settings["script"] == "distributed":
-        parts += ["exchange", "waiting"]
-    for part in parts:
-        measures[f"{part}_s_per_step"] = seconds[part] / settings["steps"]
+        for part in ("exchange", "waiting"):
+            measures[f"{part}_s_per_step"] = seconds[part] / settings["steps"]
     return measures
 
 
@@ -199,21 +202,20 @@ def keep_record(record, folder, contestant, **settings):
     results = folder / "results"
     results.mkdir(parents=True, exist_ok=True)
     name = contestant.replace(" ", "-")
-    number = 1 + len(list(results.glob(f"{name}-[0-9].json")))
+    number = 1 + len(list(results.glob(f"{name}-[0-9]*.json")))
     content = record | {"run_name": f"{name}-{number}", "settings": record["settings"] | settings}
     (results / f"{name}-{number}.json").write_text(json.dumps(content, indent=2))
 
 
-def report_records(folder, kept):
-    """Print the scripts' own report of the records of a folder, add it to its report.txt, and keep it all in `kept`."""
+def report_records(folder):
+    """Print the scripts' own report of the records of a folder, and add it to its report.txt."""
     command = [sys.executable, ROOT / "distributed.py", "--report", "--output-dir", folder.name]
     report = subprocess.run(command, cwd=folder.parent, check=True, stdout=subprocess.PIPE, text=True).stdout
     with open(folder / "report.txt", "a") as file:
         file.write(report)
     print(f"\n{(folder / 'report.txt').read_text()}", end="")
-    if kept:
-        shutil.rmtree(kept / folder.name, ignore_errors=True)
-        shutil.copytree(folder, kept / folder.name, ignore=shutil.ignore_patterns("logs", "checkpoints", ".*"))
+    shutil.rmtree(folder / "logs", ignore_errors=True)
+    (folder / "results/.report.lock").unlink(missing_ok=True)
 
 
 def side_by_side(function):
@@ -331,12 +333,12 @@ def measure_workers(contestant, files, records, steps):
 # device ---------------------------------------------------------------------------------------------------------------
 
 
-def measure_here(contestant, records, script="baseline", settings=None, **options):
+def measure_here(contestant, records, script=baseline, settings=None, **options):
     """Run a script in this process, which has done the slow imports; keep the record; return its measures.
 
     settings: what the record shall say instead of what it says.
     """
-    # Nothing that one run leaves behind may change the next one.
+    # Free what the last run has left.
     gc.collect()
     torch._dynamo.reset()
     if torch.cuda.is_available():
@@ -345,14 +347,16 @@ def measure_here(contestant, records, script="baseline", settings=None, **option
     with tempfile.TemporaryDirectory() as directory:
         arguments = to_arguments({"run_name": "run"} | options | {"output_dir": directory})
         with (
-            unittest.mock.patch.dict(os.environ, ONE_RANK if script == "distributed" else {}),
-            unittest.mock.patch("sys.argv", [script, *arguments]),
+            unittest.mock.patch.dict(os.environ, ONE_RANK if script is distributed else {}),
+            unittest.mock.patch("sys.argv", [f"{script.SCRIPT}.py", *arguments]),
             unittest.mock.patch("signal.signal"),  # SIGTERM shall end this process, not make a run save
+            unittest.mock.patch.object(script, "START", time.perf_counter()),
         ):
-            importlib.import_module(script).main()
+            script.main()
         record = json.loads(Path(directory, "results/run.json").read_text())
-    names = {"model": "BERT-base", "train_file": Path(options["train_file"]).name}
-    keep_record(record, records / "device", contestant, **PARTS_OF_SAMPLE | names | (settings or {}))
+    model = "BERT-base" if record["settings"]["parameters"] > 100e6 else "a tiny BERT"
+    names = {"model": model, "train_file": Path(options["train_file"]).name, "dev_file": "part of sample/dev.json"}
+    keep_record(record, records / "device", contestant, **names | (settings or {}))
     return measures_of(record)
 
 
@@ -378,7 +382,7 @@ def list_kernels(records, options):
 
     To be called in a process of its own: the profiler may make steps slower even when it has ended.
     """
-    os.environ["CUDA_VISIBLE_DEVICES"] = GPUS  # conftest has hidden them
+    os.environ["CUDA_VISIBLE_DEVICES"] = ONE_GPU
     active = 20
     steps = torch.profiler.schedule(wait=40, warmup=2, active=active, repeat=1)
     device = torch.profiler.ProfilerActivity.CUDA
@@ -463,15 +467,16 @@ class Clock(transformers.TrainerCallback):
     The Trainer's own train_runtime has more in it.
     """
 
-    def __init__(self, skipped_steps):
+    def __init__(self, skipped_steps, on_gpu):
         self.skipped_steps = skipped_steps
+        self.on_gpu = on_gpu
 
     def on_epoch_begin(self, *_, **__):
         self.start = time.perf_counter()
 
     def on_step_end(self, args, state, control, **_):
         if state.global_step in (self.skipped_steps, state.max_steps):
-            if torch.cuda.is_available():
+            if self.on_gpu:
                 torch.cuda.synchronize()
             now = time.perf_counter()
             if state.global_step == self.skipped_steps:
@@ -482,16 +487,19 @@ class Clock(transformers.TrainerCallback):
 def train_with_trainer(recipe, train_file, threads, max_steps, on_gpu=False):
     """Train an epoch with the Trainer, without whatever costs it time and is not training; return the figures.
 
-    On a GPU: BERT-base in bf16, without the first steps, in which memory is allocated. Else, the packaged encoder.
+    On a GPU: BERT-base in bf16, without the first half of the steps, in which memory is allocated. Else, the packaged
+    encoder.
     """
     from transformers import trainer_pt_utils  # slow to import, and only needed here
 
-    args, clock = baseline.build_parser().parse_args([]), Clock(20 if on_gpu else 0)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ONE_GPU if on_gpu else ""
+    args, clock = baseline.build_parser().parse_args([]), Clock(max_steps // 2 if on_gpu else 0, on_gpu)
     torch.set_num_threads(threads)
     torch.manual_seed(args.seed)
-    model = transformers.BertForQuestionAnswering.from_pretrained(ENCODER, dtype=torch.float32)
     if on_gpu:
         model = transformers.BertForQuestionAnswering(transformers.BertConfig())
+    else:
+        model = transformers.BertForQuestionAnswering.from_pretrained(ENCODER, dtype=torch.float32)
     tokenizer, split = load_features(train_file)
     rows = split.table[:]
     splits = list(zip(rows["context_start"], rows["length"], strict=True))
@@ -521,6 +529,7 @@ def train_with_trainer(recipe, train_file, threads, max_steps, on_gpu=False):
             bf16=on_gpu,
             dataloader_pin_memory=on_gpu,
             dataloader_num_workers=4 if on_gpu and recipe == "grouped" else 0,
+            logging_nan_inf_filter=False,  # or it would wait for the GPU at each step
             disable_tqdm=True,
             report_to="none",
             **dict.fromkeys(("logging_strategy", "save_strategy", "eval_strategy"), "no"),
@@ -595,7 +604,7 @@ def measure_memory(threads):
 # parts ----------------------------------------------------------------------------------------------------------------
 
 
-def contestants_of(part, options, directory):
+def contestants_of(part, options, records, directory):
     """Return {name: function that runs it once and returns its measures} of a part; prepare what they need."""
     partial, threads, steps = functools.partial, options.threads, options.steps
     if part == "scaling":
@@ -608,13 +617,13 @@ def contestants_of(part, options, directory):
         }
     if part == "workers":
         cut = {split: cut_sample(split, count, directory / f"{split}.json") for split, count in BY_WORKERS.items()}
-        files, records = {f"{split}_file": path for split, path in cut.items()}, directory / "records"
+        files = {f"{split}_file": path for split, path in cut.items()}
         counts = [count for count in (2, 4, 8, 16) if count <= len(os.sched_getaffinity(0))]
         names = ["baseline", *(f"{mode} {count}" for mode in ("strong", "weak") for count in counts)]
         return {name: partial(measure_workers, name, files, records, steps) for name in names}
     if part == "network":
         cut = {split: cut_sample(split, count, directory / f"{split}.json") for split, count in OVER_NETWORK.items()}
-        files, records = {f"{split}_file": path for split, path in cut.items()}, directory / "records"
+        files = {f"{split}_file": path for split, path in cut.items()}
         return {name: partial(measure_over, name, files, records, steps) for name in ("baseline", *OVER_LINKS)}
     if part == "update":
         alone = partial(in_new_process, measure_update, steps or 60)
@@ -628,7 +637,7 @@ def contestants_of(part, options, directory):
             "answers": partial(measure_answers, threads),
         }
     if part == "device":
-        return contestants_of_device(options, settings, directory)
+        return contestants_of_device(options, settings, records, directory)
     contestants, launch = {}, launcher()
     if part == "trainer":
         settings["train_file"] = draw_questions(options.train_file or ROOT / "sample/train.json", directory)
@@ -642,30 +651,28 @@ def contestants_of(part, options, directory):
     return contestants
 
 
-def contestants_of_device(options, settings, directory):
-    """Return the contestants of the part "device", which run in this process."""
+def contestants_of_device(options, settings, records, directory):
+    """Return the contestants of the part "device": the scripts in this process, the Trainer in one of its own."""
     partial, on_gpu = functools.partial, torch.cuda.is_available()
-    steps, records = options.steps or 100, directory / "records"
+    steps = options.steps or 100
     settings |= {"model": write_model(directory, **({} if on_gpu else TINY)), "random_init": True, "precision": "bf16"}
     settings |= {"dev_file": cut_sample("dev", 20, directory / "dev.json"), "micro_batch_size": None}
+    settings["train_file"] = draw_questions(settings["train_file"], directory, 96 * steps)
     contestants = {}
-    for size, count in ((48, steps), (192, steps // 2)):
+    for size, count in ((48, steps), (192, max(1, steps // 2))):
         work = settings | {"batch_size": size, "max_steps": count}
         plain, compiled, whole = f"batch {size}", f"batch {size} compiled", f"batch {size} whole"
         contestants[plain] = partial(measure_here, plain, records, **work)
         contestants[compiled] = partial(measure_here, compiled, records, compile=True, **work)
         contestants[whole] = partial(measure_compiled_as_a_whole, whole, records, **work)
     settings["max_steps"] = steps
+    for name, gradients in (("one worker", "fp32"), ("one worker bf16", "bf16")):
+        contestants[name] = partial(measure_here, name, records, distributed, gradients=gradients, **settings)
     if on_gpu:
         contestants["tf32"] = partial(measure_here, "tf32", records, **settings | {"precision": "tf32"})
-    for name, gradients in (("one worker", "fp32"), ("one worker bf16", "bf16")):
-        contestants[name] = partial(measure_here, name, records, "distributed", gradients=gradients, **settings)
-    drawn = draw_questions(settings["train_file"], directory, 48 * steps)
-    for recipe in RECIPES[:2]:
-        contestants[f"Trainer {recipe}"] = partial(
-            train_with_trainer, recipe, drawn, options.threads, options.steps, on_gpu
-        )
-    if on_gpu:
+        for recipe in RECIPES[:2]:
+            work = recipe, settings["train_file"], options.threads, steps, on_gpu
+            contestants[f"Trainer {recipe}"] = partial(in_new_process, train_with_trainer, *work)
         in_new_process(list_kernels, records, settings)
     return contestants
 
@@ -699,6 +706,8 @@ def report_part(part, rounds):
         measures[name][measure] = summarize([of_round[name][measure] for of_round in rounds])
         print(f"{name + '  ' + measure:55} {show(measures[name][measure])}")
     for label, measure, above, below, factor in RATIOS[part]:
+        if not {above, below} <= set(rounds[0]):  # some want a GPU
+            continue
         ratios[label] = summarize([factor * of_round[above][measure] / of_round[below][measure] for of_round in rounds])
         print(f"{label:55} {show(ratios[label])}")
     return {"rounds": rounds, "measures": measures, "ratios": ratios}
@@ -722,21 +731,28 @@ def main(options):
     if options.only == "network" and (reason := why_no_network()):
         sys.exit(reason)
     if options.only == "device":
-        os.environ["CUDA_VISIBLE_DEVICES"] = GPUS  # conftest has hidden them
+        os.environ["CUDA_VISIBLE_DEVICES"] = ONE_GPU
     torch.set_num_threads(options.threads)
     named = {name: getattr(options, name) for name in ("rounds", "steps", "threads")}
     named["train_file"] = options.train_file and options.train_file.name
     content = {"machine": describe_machine(), "options": named, "part": options.only}
     with tempfile.TemporaryDirectory() as directory:
         os.environ["HF_DATASETS_CACHE"] = datasets.config.HF_DATASETS_CACHE = directory
-        rounds = run_rounds(contestants_of(options.only, options, Path(directory)), options.rounds)
-        content |= report_part(options.only, rounds)
-        options.output.write_text(json.dumps(content, indent=2))
         records = Path(directory) / "records"
-        if options.only == "network":
-            report_links(content, records)
-        for folder in sorted(records.glob("*")):
-            report_records(folder, options.keep)
+        try:
+            rounds = run_rounds(contestants_of(options.only, options, records, Path(directory)), options.rounds)
+            content |= report_part(options.only, rounds)
+            options.output.write_text(json.dumps(content, indent=2))
+            if options.only == "network":
+                report_links(content, records)
+            for folder in sorted(records.glob("*")):
+                report_records(folder)
+        finally:
+            # Not before: the records say whether a file of the commit was changed. But also what was measured before
+            # an error.
+            for folder in records.glob("*") if options.keep else []:
+                shutil.rmtree(options.keep / folder.name, ignore_errors=True)
+                shutil.copytree(folder, options.keep / folder.name)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ def be_rank(script, arguments, directory, environment, streams, before):
     for number, stream in enumerate(streams, 1):
         os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.argv = [script, *arguments]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs with SIGINT ignored
     exec(before, {})
     runpy.run_path(script, run_name="__main__")
 

@@ -159,11 +159,12 @@ def test_a_warned_run_goes_on_and_ends_like_one_left_alone(tmp_path, monkeypatch
     (tmp_path / "alone").mkdir()
     arguments = ["--sample", "--max-steps", 60, "--dropout", 0.1, "--precision", "fp32", "--run-name", "r"]
     environment = {"CUDA_VISIBLE_DEVICES": GPUS, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    run_options = [(f"{script}.py", tmp_path / "alone"), (tmp_path / "warned.py", tmp_path), (f"{script}.py", tmp_path)]
-    runs = [run_script(name, arguments, directory, world_size, environment) for name, directory in run_options]
-    alone, warned, resumed = runs
+    alone = run_script(f"{script}.py", arguments, tmp_path / "alone", world_size, environment)
     assert alone.returncode == 0, alone.stderr
+    warned = run_script(tmp_path / "warned.py", arguments, tmp_path, world_size, environment)
+    assert warned.returncode != 0
     assert "stopped as asked after step 40; resume with the same command" in warned.stderr
+    resumed = run_script(f"{script}.py", arguments, tmp_path, world_size, environment)
     assert resumed.returncode == 0, resumed.stderr
     record = json.loads((tmp_path / "results/r.json").read_text())
     assert record["resumed"] == 1
