@@ -1422,6 +1422,9 @@ def draw(table):
     highest = math.ceil(math.log2(max(most, table["speedup"].max())))
     top.set_yticks(2.0 ** np.arange(lowest, highest + 1))
     top.set_xticks(2.0 ** np.arange(math.log2(most) + 1))
+    # The outermost ticks are on the frame, which would cut through the points there.
+    low, high = top.get_ylim()
+    top.set_ylim(0.9 * low, high / 0.9)
     top.set(xlabel="workers", ylabel="speedup")
     top.grid(color="0.9")
 
