@@ -1319,8 +1319,8 @@ def explain(row, base, mode):
     widest = max(row, base, key=lambda runs: runs.spread)
     explicable = share if cause == "other" else 1 - row.useful
     if widest.spread > max(SCATTER, explicable) and cause != "preempted":
-        text = f"equal runs took {widest.fastest:.1f} to {widest.slowest:.1f} s, and differ by more than what is lost"
-        return f"{text}; find out why, or repeat them on an idle machine"
+        text = f"equal runs took {widest.fastest:.1f} to {widest.slowest:.1f} s, and differ by more than the loss"
+        return f"{text} to be explained; find out why, or repeat them on an idle machine"
     if min(share, 1 - row.useful) < SCATTER:
         return None
     step = row.train / row.steps
@@ -1409,8 +1409,11 @@ def draw(table):
     most = table["world_size"].max()
     top.plot([1, most], [1, most], "k--", linewidth=0.8, label="ideal")
     top.axhline(1, color="k", linestyle=":", linewidth=0.8, label="the baseline's speed")
-    for number, (mode, points) in enumerate(table[table["script"] != "baseline"].groupby("mode")):
-        workers = points["world_size"].to_numpy(float)
+    modes = list(table[table["script"] != "baseline"].groupby("mode"))
+    for number, (mode, points) in enumerate(modes):
+        # Side by side, a few hundredths of the axis apart: none hides another.
+        shift = most ** (0.03 * (number - (len(modes) - 1) / 2))
+        workers = shift * points["world_size"].to_numpy(float)
         speedup = points["speedup"].to_numpy(float)
         low, high = np.array([ends or [math.nan, math.nan] for ends in points["speedup_range"]]).T
         marker = "k" + "os^vDPX*d"[number]
@@ -1425,7 +1428,7 @@ def draw(table):
     # The outermost ticks are on the frame, which would cut through the points there.
     low, high = top.get_ylim()
     top.set_ylim(0.9 * low, high / 0.9)
-    top.set(xlabel="workers", ylabel="speedup")
+    top.set(xlabel="workers (log scale)", ylabel="speedup (log scale)")
     top.grid(color="0.9")
 
     # Where the workers compute faster than the baseline, the last part is negative: left of zero.
@@ -1493,7 +1496,7 @@ def report(args):
             say(f"{row['mode']}, {', '.join(settings)}: {row['remark']}")
         if table["base"].isna().all():
             text = "no speedup without a baseline of the same work; make one with run_baseline.sh"
-            say(f"{text} (under --max-steps of the same --batch-size: weak scaling needs whole epochs)")
+            say(f"{text} (for weak scaling, leave out --max-steps: it needs whole epochs)")
             differences = [list_differences(same_work.iloc[0], base) for _, base in baselines.iterrows()]
             if differences:
                 say(f"the nearest baseline differs in {', '.join(min(differences, key=len))}")
