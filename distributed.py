@@ -1426,8 +1426,8 @@ def draw(table):
     top.set_yticks(2.0 ** np.arange(lowest, highest + 1))
     top.set_xticks(2.0 ** np.arange(math.log2(most) + 1))
     # The outermost ticks are on the frame, which would cut through the points there.
-    low, high = top.get_ylim()
-    top.set_ylim(0.9 * low, high / 0.9)
+    first, last = top.get_ylim()
+    top.set_ylim(0.9 * first, last / 0.9)
     top.set(xlabel="workers (log scale)", ylabel="speedup (log scale)")
     top.grid(color="0.9")
 

@@ -11,6 +11,8 @@ from conftest import ENCODER, GPUS, ROOT, cut_sample, read_scalars, run_script
 
 pytestmark = pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="no NVIDIA GPU on this machine")
 STEPS = 4
+# For code that imports a script as a module.
+ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": GPUS, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
 
 
 def ask_driver(question):
@@ -125,8 +127,7 @@ def test_training_waits_for_the_gpu_only_to_read_losses(tmp_path, script, world_
     ask_driver("name")
     (tmp_path / "watched.py").write_text(WATCH.format(script=script, steps=STEPS))
     arguments = ["--sample", "--max-steps", STEPS, "--epochs", 1]
-    environment = {"CUDA_VISIBLE_DEVICES": GPUS, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    process = run_script(tmp_path / "watched.py", arguments, tmp_path, world_size, environment)
+    process = run_script(tmp_path / "watched.py", arguments, tmp_path, world_size, ENVIRONMENT)
     assert process.returncode == 0, process.stderr
 
 
@@ -158,13 +159,12 @@ def test_a_warned_run_goes_on_and_ends_like_one_left_alone(tmp_path, monkeypatch
     (tmp_path / "warned.py").write_text(WARN.format(script=script))
     (tmp_path / "alone").mkdir()
     arguments = ["--sample", "--max-steps", 60, "--dropout", 0.1, "--precision", "fp32", "--run-name", "r"]
-    environment = {"CUDA_VISIBLE_DEVICES": GPUS, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    alone = run_script(f"{script}.py", arguments, tmp_path / "alone", world_size, environment)
+    alone = run_script(f"{script}.py", arguments, tmp_path / "alone", world_size, ENVIRONMENT)
     assert alone.returncode == 0, alone.stderr
-    warned = run_script(tmp_path / "warned.py", arguments, tmp_path, world_size, environment)
+    warned = run_script(tmp_path / "warned.py", arguments, tmp_path, world_size, ENVIRONMENT)
     assert warned.returncode != 0
     assert "stopped as asked after step 40; resume with the same command" in warned.stderr
-    resumed = run_script(f"{script}.py", arguments, tmp_path, world_size, environment)
+    resumed = run_script(f"{script}.py", arguments, tmp_path, world_size, ENVIRONMENT)
     assert resumed.returncode == 0, resumed.stderr
     record = json.loads((tmp_path / "results/r.json").read_text())
     assert record["resumed"] == 1
